@@ -1,0 +1,25 @@
+"""Keras's MultiHeadAttention for JAX and Flax: a pure function and a thin linen module.
+
+Start with `MultiHeadAttention` (flax.linen), or with `MultiHeadAttentionConfig`, `init_params` and
+`multi_head_attention` (pure functions). `explain` says which implementation serves a call.
+"""
+
+from importlib.metadata import version
+
+from flax_mha.attention import IMPLEMENTATIONS as IMPLEMENTATIONS
+from flax_mha.attention import dot_product_attention as dot_product_attention
+from flax_mha.attention import explain as explain
+from flax_mha.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig
+from flax_mha.functional import Activations as Activations
+from flax_mha.functional import forward as forward
+from flax_mha.functional import multi_head_attention as multi_head_attention
+from flax_mha.linen import MultiHeadAttention as MultiHeadAttention
+from flax_mha.losses import activity_loss as activity_loss
+from flax_mha.losses import regularization_loss as regularization_loss
+from flax_mha.masks import Mask as Mask
+from flax_mha.params import init_params as init_params
+from flax_mha.params import param_shapes as param_shapes
+from flax_mha.updates import apply_constraints as apply_constraints
+from flax_mha.updates import constrain as constrain
+
+__version__ = version("flax_mha")

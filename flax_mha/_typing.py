@@ -1,0 +1,51 @@
+"""The dimension key, and the aliases that the whole package shares.
+
+    B batch (leading axes, flattened)   T target length (queries)   S source length (keys/values)
+    N query heads   K key/value heads   G = N // K                  H key_dim   V value_dim
+    D query features   C key features   M value features            E output features
+    t, s tiles of T, S   I, J numbers of query/key blocks           P devices on the ring
+    1 broadcast axis
+
+After validation an array's name ends in its letters (`logits_BNTS`), and an einsum string spells
+them. T and S are different letters even in self-attention.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
+
+import jax
+
+Array: TypeAlias = jax.Array
+PRNGKey: TypeAlias = jax.Array
+DType: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
+
+
+class HeadDims(NamedTuple):
+    """The sizes of one layer's heads, by their letters."""
+
+    N: int
+    K: int
+    H: int
+    V: int
+
+
+class Projection(TypedDict):
+    """One linear map; `bias` is absent in a layer without biases."""
+
+    kernel: Any
+    bias: NotRequired[Any]
+
+
+class Params(TypedDict):
+    """The parameters of one layer; `gate` is absent in a layer without a gate."""
+
+    query: Projection  # DNH, NH
+    key: Projection  # CKH, KH
+    value: Projection  # MKV, KV
+    gate: NotRequired[Projection]  # DNV, NV
+    attention_output: Projection  # NVE, E
+
+
+# What functions take: any mapping of that form, a FrozenDict or a dict of ShapeDtypeStructs too.
+ParamsLike: TypeAlias = Mapping[str, Any]

@@ -1,0 +1,59 @@
+"""What every implementation receives and returns.
+
+An implementation is a module with two functions:
+
+    unsupported(inputs, options) -> str | None   the reason why it cannot serve a call, or None
+    attend(inputs, options) -> Output            the attention itself
+
+Both see arrays of canonical rank whose shapes were checked.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from flax_mha._typing import Array, PRNGKey
+from flax_mha.masks import Mask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """The data of one attention call; `bias_bnts` has 1 or the full size in every axis."""
+
+    query_BTNH: Array
+    key_BSKH: Array
+    value_BSKV: Array
+    mask: Mask
+    bias_bnts: Array | None = None
+    dropout_key: PRNGKey | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The static half of one attention call; `dropout_rate` is 0 where there is no key."""
+
+    scale: float
+    dropout_rate: float = 0.0
+    precision: Any = None
+    return_weights: bool = False
+    return_residuals: bool = False
+
+
+class Residuals(NamedTuple):
+    """The softmax's float32 remainders, enough to merge partial results over keys.
+
+    `row_max` is -inf and `row_sum` 0 for a query that may attend nowhere.
+    """
+
+    row_max_BNT: Array
+    row_sum_BNT: Array
+
+
+class Output(NamedTuple):
+    """`context` always; weights (before dropout) and residuals where they were asked for."""
+
+    context_BTNV: Array
+    weights_BNTS: Array | None = None
+    residuals: Residuals | None = None

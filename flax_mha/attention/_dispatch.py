@@ -1,0 +1,247 @@
+"""Chooses an implementation openly and runs it: `dot_product_attention` and `explain`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha import _checks
+from flax_mha._folding import collapse
+from flax_mha._typing import Array, PRNGKey, Shape
+from flax_mha.attention import reference
+from flax_mha.attention._contract import Inputs, Options, Output
+from flax_mha.attention._quarantine import poison, quarantine
+from flax_mha.masks import Mask
+
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference}
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: Any = None,
+    implementation: str | None = None,
+    return_weights: bool = False,
+    return_residuals: bool = False,
+) -> Any:
+    """Attention of arrays: softmax(scale query . key + bias) . value over the allowed keys.
+
+    Args:
+        query: `[..., T, N, H]`, floating; any number of leading batch axes, none included.
+        key: `[..., S, K, H]`; N is a multiple of K, query head n reads key head n // (N // K).
+        value: `[..., S, K, V]`; V may differ from H.
+        mask: a `Mask`, or booleans that broadcast to `[..., N, T, S]`; True = may attend.
+        bias: floats that broadcast to `[..., N, T, S]`, added to the scaled logits.
+        scale: factor of the logits; None = 1 / sqrt(H).
+        is_causal: no key after the query, aligned top-left.
+        local_window_size: (left, right) keys around the query, itself besides; an int = both.
+        dropout_rate: probability in [0, 1] of dropping a weight; acts only with `dropout_key`.
+        dropout_key: one PRNG key; None = no dropout.
+        precision: of both products, as in `jax.numpy.einsum`.
+        implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
+        return_weights: also return the weights `[..., N, T, S]`, before dropout.
+        return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
+
+    Returns:
+        The context `[..., T, N, V]`; with weights and/or residuals, a tuple in this order.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown name, a rate outside [0, 1].
+        TypeError: a float mask, an integer query, mixed dtypes, a dropout key that is none.
+        NotImplementedError: the named implementation cannot serve this call.
+
+    Memory: reference O(T S).
+
+    Differs from jax.nn.dot_product_attention: (1) a query that may attend nowhere gets context 0,
+    not mean(value); (2) V may differ from H; (3) dropout, weights; (4) any number of batch axes;
+    (5) NaN in padded keys and values goes nowhere.
+
+    Reference: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+        >>> flax_mha.dot_product_attention(x, x, x, is_causal=True).shape
+        (2, 5, 3, 8)
+    """
+    inputs, options = _canonical(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        precision=precision,
+        return_weights=return_weights,
+        return_residuals=return_residuals,
+    )
+    output = run(choose(implementation, inputs, options), inputs, options)
+    return _restore(output, query.shape[:-3], options)
+
+
+def explain(
+    query: Any, key: Any, value: Any, *, implementation: str | None = None, **call: Any
+) -> dict[str, str]:
+    """Says for each implementation whether it can serve a call: "ok" or its reason.
+
+    Args:
+        query: as in `dot_product_attention`; a `jax.ShapeDtypeStruct` does, here and below.
+        key: as in `dot_product_attention`.
+        value: as in `dot_product_attention`.
+        implementation: checked to be a name, and not used: a call's arguments pass as they are.
+        **call: any further argument of `dot_product_attention`.
+
+    Returns:
+        `{name: "ok" or the reason}` for every name in `IMPLEMENTATIONS`, in order of preference.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_mha
+        >>> x = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.float32)
+        >>> flax_mha.explain(x, x, x, is_causal=True)
+        {'reference': 'ok'}
+    """
+    _known(implementation)
+    reasons: dict[str, str] = {}
+    arrays = {name: call.pop(name, None) for name in ("mask", "bias", "dropout_key")}
+
+    def trace(query: Array, key: Array, value: Array, arrays: Any) -> None:
+        inputs, options = _canonical(query, key, value, **arrays, **call)
+        for name in IMPLEMENTATIONS:
+            reasons[name] = reason(name, inputs, options) or "ok"
+
+    jax.eval_shape(trace, query, key, value, arrays)
+    return reasons
+
+
+def reason(name: str, inputs: Inputs, options: Options) -> str | None:
+    """Why the implementation cannot serve the call; None where it can."""
+    return IMPLEMENTATIONS[name].unsupported(inputs, options)
+
+
+def choose(implementation: str | None, inputs: Inputs, options: Options) -> str:
+    """The named implementation or an error; only None chooses, the first that can."""
+    able = [name for name in IMPLEMENTATIONS if reason(name, inputs, options) is None]
+    if implementation is None:
+        return able[0]
+    _known(implementation)
+    if implementation not in able:
+        why = reason(implementation, inputs, options)
+        rule = f"implementation={implementation!r} cannot serve this call: {why}."
+        _checks.fail(NotImplementedError, rule, "this call's arguments", f"Those that can: {able}.")
+    return implementation
+
+
+def run(name: str, inputs: Inputs, options: Options) -> Output:
+    """Runs one implementation on inputs from which removed positions are kept away."""
+    safe, broken_BT = quarantine(inputs)
+    output = IMPLEMENTATIONS[name].attend(safe, options)
+    return output._replace(context_BTNV=poison(output.context_BTNV, broken_BT))
+
+
+def _known(implementation: str | None) -> None:
+    if implementation is not None:
+        _checks.one_of("implementation", implementation, IMPLEMENTATIONS)
+
+
+def _canonical(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: Any = None,
+    return_weights: bool = False,
+    return_residuals: bool = False,
+) -> tuple[Inputs, Options]:
+    """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included."""
+    _checks.attention_arrays(query, key, value)
+    if dropout_key is not None:
+        _checks.prng_key("dropout_key", dropout_key)
+    rate = _checks.rate("dropout_rate", dropout_rate)
+    batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
+    groups = (batch, (N,), (T,), (S,))
+    inputs = Inputs(
+        query_BTNH=_flat(query),
+        key_BSKH=_flat(key),
+        value_BSKV=_flat(value),
+        mask=_mask(mask, is_causal, local_window_size, groups),
+        bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
+        dropout_key=dropout_key if rate else None,
+    )
+    options = Options(
+        scale=1 / math.sqrt(H) if scale is None else float(scale),
+        dropout_rate=rate if dropout_key is not None else 0.0,
+        precision=precision,
+        return_weights=_checks.boolean("return_weights", return_weights),
+        return_residuals=_checks.boolean("return_residuals", return_residuals),
+    )
+    return inputs, options
+
+
+def _flat(x: Array) -> Array:
+    return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
+
+
+def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) -> Mask:
+    """All that restricts attention, as one structured mask."""
+    if mask is None:
+        mask = Mask()
+    elif not isinstance(mask, Mask):
+        dense = _over_scores("mask", _checks.boolean_mask("mask", mask), groups)
+        mask = Mask.dense(dense)
+    if _checks.boolean("is_causal", is_causal):
+        mask &= Mask.causal(mask.query_offset)
+    if window is not None:
+        sides = (window, window) if hasattr(window, "__index__") else window
+        mask &= dataclasses.replace(Mask.window(*sides), query_offset=mask.query_offset)
+    batch, *sizes = groups
+    mask.check(math.prod(batch), *(size for (size,) in sizes))
+    return mask
+
+
+def _bias(bias: Array) -> Array:
+    _checks.floating_array("bias", bias, "that broadcasts to [..., N, T, S]")
+    return jnp.asarray(bias)
+
+
+def _over_scores(name: str, array: Array, groups: tuple[Shape, ...]) -> Array:
+    """Aligns to `[..., N, T, S]` from the right, and folds to `[b, n, t, s]`."""
+    full = tuple(size for group in groups for size in group)
+    aligned = jax.lax.broadcast_to_rank(array, max(len(full), array.ndim))
+    T, S = full[-2:]
+    remedy = "Did you swap T and S?" if array.shape[-2:] == (S, T) and T != S else ""
+    letters = "[..., N, T, S]"
+    _checks.broadcastable(name, aligned.shape, full, letters, remedy, received=array.shape)
+    return collapse(aligned, groups)
+
+
+def _restore(output: Output, batch: Shape, options: Options) -> Any:
+    """The caller's batch axes; a tuple where more than the context was asked for."""
+    unfold = lambda x: x.reshape(*batch, *x.shape[1:])  # noqa: E731
+    results = [unfold(output.context_BTNV)]
+    if options.return_weights:
+        results.append(unfold(output.weights_BNTS))
+    if options.return_residuals:
+        results.append(jax.tree.map(unfold, output.residuals))
+    return results[0] if len(results) == 1 else tuple(results)

@@ -1,0 +1,75 @@
+"""The definition: einsum, softmax, einsum. O(T S) memory; every feature; any derivative."""
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha import _dropout
+from flax_mha._dtypes import wide_dtype
+from flax_mha._typing import Array
+from flax_mha.attention._contract import Inputs, Options, Output, Residuals
+
+
+def unsupported(inputs: Inputs, options: Options) -> str | None:
+    """The reference serves every call."""
+    return None
+
+
+def attend(inputs: Inputs, options: Options) -> Output:
+    """context = dropout(softmax(scale query . key + bias, over allowed keys)) . value."""
+    logits_BNTS = _logits(inputs, options)
+    weights_BNTS, residuals = _softmax(logits_BNTS)
+    kept_BNTS = _dropped(weights_BNTS, inputs, options)
+    context_BTNV = _context(kept_BNTS, inputs, options)
+    return Output(context_BTNV, weights_BNTS.astype(inputs.query_BTNH.dtype), residuals)
+
+
+def _logits(inputs: Inputs, options: Options) -> Array:
+    """scale query . key + bias where allowed, -inf elsewhere; in float32 at least."""
+    (B, T, N, H), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
+    query_BTKGH = inputs.query_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        query_BTKGH,
+        inputs.key_BSKH,
+        precision=options.precision,
+        preferred_element_type=wide_dtype(inputs.query_BTNH.dtype),
+    )
+    logits_BNTS = logits_BKGTS.reshape(B, N, T, S) * options.scale
+    if inputs.bias_bnts is not None:
+        logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
+    if inputs.mask.is_empty:
+        return logits_BNTS
+    return jnp.where(inputs.mask.as_array(T, S), logits_BNTS, -jnp.inf)
+
+
+def _softmax(logits_BNTS: Array) -> tuple[Array, Residuals]:
+    """exp(logits - row_max) / row_sum; a row of -inf has weights 0 and a zero gradient."""
+    row_max_BNT = jnp.max(jax.lax.stop_gradient(logits_BNTS), axis=-1, initial=-jnp.inf)
+    # -inf - (-inf) would be NaN: an empty row is shifted by 0 instead.
+    shift_BNT = jnp.where(jnp.isneginf(row_max_BNT), 0, row_max_BNT)
+    exp_BNTS = jnp.exp(logits_BNTS - shift_BNT[..., None])
+    row_sum_BNT = exp_BNTS.sum(-1)
+    divisor_BNT = jnp.where(jnp.isneginf(row_max_BNT), 1, row_sum_BNT)
+    return exp_BNTS / divisor_BNT[..., None], Residuals(row_max_BNT, row_sum_BNT)
+
+
+def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
+    if options.dropout_rate == 0.0:
+        return weights_BNTS
+    assert inputs.dropout_key is not None
+    keep_BNTS = _dropout.keep_mask(inputs.dropout_key, options.dropout_rate, weights_BNTS.shape)
+    return _dropout.drop(weights_BNTS, keep_BNTS, options.dropout_rate)
+
+
+def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
+    B, N, T, S = weights_BNTS.shape
+    K, V = inputs.value_BSKV.shape[2:]
+    weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S).astype(inputs.value_BSKV.dtype)
+    context_BTKGV = jnp.einsum(
+        "BKGTS,BSKV->BTKGV",
+        weights_BKGTS,
+        inputs.value_BSKV,
+        precision=options.precision,
+        preferred_element_type=wide_dtype(inputs.value_BSKV.dtype),
+    )
+    return context_BTKGV.reshape(B, T, N, V).astype(inputs.value_BSKV.dtype)

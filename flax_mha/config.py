@@ -1,0 +1,226 @@
+"""The static description of one layer: Keras's constructor arguments, checked and hashable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from flax_mha import _checks, _identifiers
+from flax_mha._typing import HeadDims
+from flax_mha.attention import IMPLEMENTATIONS
+
+# Entries of Keras's get_config() that describe the Keras object, not the attention.
+_KERAS_ONLY = ("name", "trainable")
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiHeadAttentionConfig:
+    """Everything static about a multi-head attention layer; Keras 3.15's arguments and defaults.
+
+    Frozen and hashable, so it can be a static argument of `jax.jit`; equal configs hash alike.
+
+    Args:
+        num_heads: N, the number of query heads.
+        key_dim: H, the size of a head of query and key.
+        value_dim: V, the size of a head of value; None = key_dim.
+        dropout: probability in [0, 1] of dropping an attention weight in training.
+        use_bias: whether the projections have biases.
+        output_shape: the output's feature shape E, an int or a tuple; None = the query's D.
+        attention_axes: the axes that attend, an int or a tuple; None = all but the first and the
+            features. Negative ones count from the features' end: -2 is the last before them.
+        sliding_window: a query attends to keys less than this many positions away, either side.
+        kernel_initializer: a Keras name, a Keras config dict, an object of
+            `flax_mha.initializers`, or a JAX initializer `(key, shape, dtype)`.
+        bias_initializer: likewise.
+        kernel_regularizer: a Keras name, dict, an object of `flax_mha.regularizers`, or a callable.
+        bias_regularizer: likewise.
+        activity_regularizer: likewise, of the projected arrays and the output.
+        kernel_constraint: a Keras name, dict, an object of `flax_mha.constraints`, or a callable.
+        bias_constraint: likewise.
+        use_gate: whether the context is multiplied by sigmoid(query . gate).
+        seed: the dropout seed used by the module where no "dropout" stream is given.
+        num_kv_heads: K, heads of key and value, a divisor of N; None = N.
+        dtype: the compute dtype; None = that of inputs and parameters, promoted.
+        param_dtype: the dtype of the parameters.
+        precision: of every product: None, a name such as "highest", or a `jax.lax.Precision`.
+        implementation: one of `flax_mha.IMPLEMENTATIONS`; None chooses. See `flax_mha.explain`.
+
+    Raises:
+        ValueError: a value out of range or an unknown name.
+        TypeError: a value of the wrong type.
+
+    Differs from Keras: (1) rates and axes are checked here, not at build; (2) `flash_attention` is
+    spelled `implementation`; (3) NumPy integers pass, booleans as sizes do not.
+
+    Example:
+        >>> from flax_mha import MultiHeadAttentionConfig
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=16, kernel_regularizer="l2")
+        >>> config.kernel_regularizer
+        L2(l2=0.01)
+        >>> config.replace(num_heads=4).dims
+        HeadDims(N=4, K=4, H=16, V=16)
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int | None = None
+    dropout: float = 0.0
+    use_bias: bool = True
+    output_shape: Any = None
+    attention_axes: Any = None
+    sliding_window: int | None = None
+    kernel_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    kernel_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    kernel_constraint: Any = None
+    bias_constraint: Any = None
+    use_gate: bool = False
+    seed: int | None = None
+    _: dataclasses.KW_ONLY
+    num_kv_heads: int | None = None
+    dtype: Any = None
+    param_dtype: Any = "float32"
+    precision: Any = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _FIELD_CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        N, K = self.dims[:2]
+        if N % K:
+            rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
+            _checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}")
+
+    @property
+    def dims(self) -> HeadDims:
+        """(N, K, H, V) with the defaults filled in."""
+        K = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        V = self.key_dim if self.value_dim is None else self.value_dim
+        return HeadDims(self.num_heads, K, self.key_dim, V)
+
+    def replace(self, **changes: Any) -> MultiHeadAttentionConfig:
+        """A checked copy with some fields changed."""
+        _checks.known_names("A field of MultiHeadAttentionConfig", changes, field_names())
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict under Keras's names, the inverse of `from_dict`.
+
+        Raises:
+            TypeError: an initializer, regularizer or constraint is a plain callable.
+        """
+        values = {name: getattr(self, name) for name in field_names()}
+        return {name: _plain(name, value) for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> MultiHeadAttentionConfig:
+        """The config that `to_dict` described; unknown names are refused with the valid ones."""
+        _checks.known_names("A field of MultiHeadAttentionConfig", fields, field_names())
+        return cls(**fields)
+
+    @classmethod
+    def from_keras_config(cls, config: Mapping[str, Any]) -> MultiHeadAttentionConfig:
+        """From `layer.get_config()` of a Keras MultiHeadAttention; Keras need not be installed.
+
+        The dtype policy becomes `dtype` and `param_dtype`; `name` and `trainable` describe the
+        Keras object, and have no meaning here.
+        """
+        fields = {name: value for name, value in config.items() if name not in _KERAS_ONLY}
+        policy = _policy_name(fields.pop("dtype", None))
+        return cls.from_dict({**fields, **_policy_dtypes(policy)})
+
+
+def field_names() -> tuple[str, ...]:
+    """The names of the config's fields, in order."""
+    return tuple(field.name for field in dataclasses.fields(MultiHeadAttentionConfig))
+
+
+def _size(name: str, value: Any) -> int:
+    return _checks.integer(name, value, minimum=1)
+
+
+def _optional(check: Any) -> Any:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
+    """Keras: an int or an iterable of ints; None, 0 and () mean the query's own size."""
+    entries = (value,) if hasattr(value, "__index__") else value
+    if value is None or entries in ((), [], (0,)):
+        return None
+    if isinstance(entries, str) or not hasattr(entries, "__iter__"):
+        rule = f"`{name}` must be an int or a tuple of ints."
+        _checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+    return tuple(_size(name, entry) for entry in entries)
+
+
+def _identifier(kind: _identifiers.Kind) -> Any:
+    return lambda name, value: _identifiers.resolve(kind, value)
+
+
+def _precision(name: str, value: Any) -> Any:
+    """One precision for every product, in the one spelling that hashes alike."""
+    try:
+        return jax.lax.Precision(value)
+    except ValueError:
+        valid = [precision.name.lower() for precision in jax.lax.Precision]
+        _checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
+
+
+def _implementation(name: str, value: Any) -> str:
+    return _checks.one_of(name, value, IMPLEMENTATIONS)
+
+
+_FIELD_CHECKS: dict[str, Any] = {
+    "num_heads": _size,
+    "key_dim": _size,
+    "value_dim": _optional(_size),
+    "dropout": _checks.rate,
+    "use_bias": _checks.boolean,
+    "output_shape": _output_shape,
+    "attention_axes": _optional(_checks.axes),
+    "sliding_window": _optional(_size),
+    "kernel_initializer": _identifier("initializer"),
+    "bias_initializer": _identifier("initializer"),
+    "kernel_regularizer": _identifier("regularizer"),
+    "bias_regularizer": _identifier("regularizer"),
+    "activity_regularizer": _identifier("regularizer"),
+    "kernel_constraint": _identifier("constraint"),
+    "bias_constraint": _identifier("constraint"),
+    "use_gate": _checks.boolean,
+    "seed": _optional(_checks.integer),
+    "num_kv_heads": _optional(_size),
+    "dtype": _optional(_checks.floating_dtype),
+    "param_dtype": _checks.floating_dtype,
+    "precision": _optional(_precision),
+    "implementation": _optional(_implementation),
+}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name.endswith(("initializer", "regularizer", "constraint")):
+        return _identifiers.serialize(value)
+    if isinstance(value, jax.lax.Precision):
+        return value.name.lower()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _policy_name(policy: Any) -> str | None:
+    """Keras writes a policy as a name, or as {"class_name": "DTypePolicy", "config": {"name"}}."""
+    if isinstance(policy, Mapping):
+        _checks.one_of("dtype policy", policy.get("class_name"), ["DTypePolicy"])
+        return policy["config"]["name"]
+    return policy
+
+
+def _policy_dtypes(policy: str | None) -> dict[str, Any]:
+    if policy is None:
+        return {}
+    if policy.startswith("mixed_"):
+        return {"dtype": policy.removeprefix("mixed_"), "param_dtype": "float32"}
+    return {"dtype": policy, "param_dtype": policy}

@@ -1,0 +1,165 @@
+"""The layer as a pure function: `multi_head_attention(params, query, value, ...)`.
+
+query, key, value -> projections -> attention -> (gate) -> output projection
+"""
+
+from typing import Any
+
+from flax_mha import _checks
+from flax_mha._layer import Activations, Flags, Restrictions, layer
+from flax_mha._typing import Array, ParamsLike, PRNGKey
+from flax_mha.config import MultiHeadAttentionConfig
+
+
+def multi_head_attention(
+    params: ParamsLike,
+    query: Array,
+    value: Array,
+    key: Array | None = None,
+    *,
+    config: MultiHeadAttentionConfig,
+    query_mask: Array | None = None,
+    value_mask: Array | None = None,
+    key_mask: Array | None = None,
+    attention_mask: Array | None = None,
+    use_causal_mask: bool = False,
+    return_attention_scores: bool = False,
+    dropout_key: PRNGKey | None = None,
+    bias: Array | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+) -> Any:
+    """Keras's MultiHeadAttention as a pure function of explicit parameters.
+
+        output = (softmax(q k / sqrt(H) + bias, over allowed keys) v * gate) . W_output + b_output
+        q = query . W_query + b_query;  k, v likewise;  gate = sigmoid(query . W_gate + b_gate)
+
+    Compiled by `jax.jit` at the first call with new shapes; masks, keys and parameters are data.
+
+    Args:
+        params: what `init_params` returns, or `variables["params"]` of the linen module.
+        query: `[B, T, D]`; or `[T, D]`, one sequence without a batch; or any rank with
+            `attention_axes`.
+        value: `[B, S, M]`, of the query's rank.
+        key: `[B, S, C]`; None = value.
+        config: the layer's static description.
+        query_mask: booleans `[B, T]`, True = a real query.
+        value_mask: booleans `[B, S]`, True = a real value.
+        key_mask: booleans `[B, S]`, True = a real key; combined with `value_mask` by "and".
+        attention_mask: booleans `[T, S]`, `[B, T, S]` or `[B, N, T, S]`, True = may attend. With
+            more axes `[*batch, N, *T axes, *S axes]`; missing ones are those nearest to T.
+        use_causal_mask: no key after the query, in raster order of the attended axes.
+        return_attention_scores: also return the weights, before dropout.
+        dropout_key: one PRNG key; None = no dropout.
+        bias: floats shaped as an `attention_mask` may be, added to the logits.
+        segment_ids: integers `[B, T]`, or a pair `([B, T], [B, S])`: attention within equal ids.
+
+    Returns:
+        The output `[B, T, *E]`, or `(output, attention_scores [B, N, T, S])`.
+
+    Raises:
+        ValueError: a shape that does not fit, with the expected letters and the received shape.
+        TypeError: a float mask, integer inputs, a dropout key that is none.
+        NotImplementedError: the implementation named in the config cannot serve this call.
+
+    Memory: O(B N T S) for the reference implementation.
+
+    Differs from Keras: (1) a query that may attend nowhere has context 0 on every path; (2) masks
+    are expanded before they are combined, and never inverted by a cast; (3) causal and window masks
+    follow the attended axes; (4) NaN at padded positions goes nowhere. The README has the table.
+
+    Reference: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=16)
+        >>> x = jax.random.normal(jax.random.key(0), (4, 8, 32))
+        >>> params = flax_mha.init_params(jax.random.key(1), config, x.shape)
+        >>> flax_mha.multi_head_attention(params, x, x, config=config, use_causal_mask=True).shape
+        (4, 8, 32)
+    """
+    restrictions = Restrictions(query_mask, value_mask, key_mask, attention_mask, bias, segment_ids)
+    flags = Flags(use_causal_mask, return_attention_scores, return_projections=False)
+    arrays = (query, value, value if key is None else key)
+    activations = _run(params, arrays, restrictions, dropout_key, config, flags)
+    if return_attention_scores:
+        return activations.output, activations.attention_scores
+    return activations.output
+
+
+def forward(
+    params: ParamsLike,
+    query: Array,
+    value: Array,
+    key: Array | None = None,
+    *,
+    config: MultiHeadAttentionConfig,
+    use_causal_mask: bool = False,
+    return_attention_scores: bool = False,
+    dropout_key: PRNGKey | None = None,
+    **restrictions: Any,
+) -> Activations:
+    """`multi_head_attention` with everything it computed: what `activity_loss` needs.
+
+    Args:
+        params: as in `multi_head_attention`, and so are all others.
+        query: `[B, T, D]`.
+        value: `[B, S, M]`.
+        key: `[B, S, C]`; None = value.
+        config: the layer's static description.
+        use_causal_mask: no key after the query.
+        return_attention_scores: fill `attention_scores`.
+        dropout_key: one PRNG key; None = no dropout.
+        **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids.
+
+    Returns:
+        `Activations(query, key, value, gate, output, attention_scores)`.
+
+    Raises:
+        As `multi_head_attention`.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=16)
+        >>> x = jax.random.normal(jax.random.key(0), (4, 8, 32))
+        >>> params = flax_mha.init_params(jax.random.key(1), config, x.shape)
+        >>> flax_mha.forward(params, x, x, config=config).query.shape
+        (4, 8, 2, 16)
+    """
+    flags = Flags(use_causal_mask, return_attention_scores, return_projections=True)
+    arrays = (query, value, value if key is None else key)
+    return _run(params, arrays, Restrictions(**restrictions), dropout_key, config, flags)
+
+
+def _run(
+    params: ParamsLike,
+    arrays: tuple[Array, Array, Array],
+    restrictions: Restrictions,
+    dropout_key: PRNGKey | None,
+    config: MultiHeadAttentionConfig,
+    flags: Flags,
+) -> Activations:
+    """What must be checked of values, before tracing hides them; then the compiled layer."""
+    if not isinstance(config, MultiHeadAttentionConfig):
+        rule = "`config` must be a MultiHeadAttentionConfig."
+        _checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
+    for name, array, letters in zip(
+        ("query", "value", "key"), arrays, ("[..., T, D]", "[..., S, M]", "[..., S, C]")
+    ):
+        _checks.floating_array(name, array, letters)
+    if dropout_key is not None:
+        _checks.prng_key("dropout_key", dropout_key)
+    for name, flag in flags._asdict().items():
+        _checks.boolean(name, flag)
+    _checks.x64_enabled("dtype", config.dtype)
+    return layer(params, arrays, _booleans(restrictions), dropout_key, config=config, flags=flags)
+
+
+def _booleans(restrictions: Restrictions) -> Restrictions:
+    masks = {
+        name: _checks.boolean_mask(name, mask)
+        for name, mask in restrictions._asdict().items()
+        if name.endswith("mask") and mask is not None
+    }
+    if restrictions.bias is not None:
+        _checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
+    return restrictions._replace(**masks)

@@ -1,0 +1,149 @@
+"""The flax.linen module: fields, parameters and rng streams around the pure function."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_mha import _checks
+from flax_mha._typing import Array, ParamsLike, PRNGKey
+from flax_mha.config import MultiHeadAttentionConfig, field_names
+from flax_mha.functional import forward
+from flax_mha.losses import activity_loss, regularization_loss
+from flax_mha.params import init_projection, param_shapes
+
+
+class MultiHeadAttention(nn.Module):
+    """Keras's MultiHeadAttention as a flax.linen module; `variables["params"]` is the params tree.
+
+    The fields are those of `MultiHeadAttentionConfig`, where they are explained.
+
+    `dropout` acts with `training=True`, and draws from the "dropout" rng stream, or from `seed`
+    where that is set and no stream is given (then every call draws the same mask). With
+    regularizers, `mutable=["losses"]` collects "regularization" (once) and "activity" (a call
+    each). `sow_attention_scores=True` with `mutable=["intermediates"]` collects the scores.
+
+    Memory: as `multi_head_attention`.
+
+    Differs from Keras: (1) `training=False` is the default; (2) sizes are fixed by the first call.
+
+    Example:
+        >>> import jax
+        >>> from flax_mha import MultiHeadAttention
+        >>> layer = MultiHeadAttention(num_heads=2, key_dim=16, dropout=0.1)
+        >>> x = jax.random.normal(jax.random.key(0), (4, 8, 32))
+        >>> variables = layer.init(jax.random.key(1), x, x)
+        >>> layer.apply(variables, x, x, training=True, rngs={"dropout": jax.random.key(2)}).shape
+        (4, 8, 32)
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int | None = None
+    dropout: float = 0.0
+    use_bias: bool = True
+    output_shape: Any = None
+    attention_axes: Any = None
+    sliding_window: int | None = None
+    kernel_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    kernel_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    kernel_constraint: Any = None
+    bias_constraint: Any = None
+    use_gate: bool = False
+    seed: int | None = None
+    num_kv_heads: int | None = None
+    dtype: Any = None
+    param_dtype: Any = "float32"
+    precision: Any = None
+    implementation: str | None = None
+    sow_attention_scores: bool = False
+
+    @classmethod
+    def from_config(
+        cls, config: MultiHeadAttentionConfig, **module_fields: Any
+    ) -> "MultiHeadAttention":
+        """A module with the config's fields; `module_fields` are `name`, `parent` and the like."""
+        return cls(**{name: getattr(config, name) for name in field_names()}, **module_fields)
+
+    @property
+    def config(self) -> MultiHeadAttentionConfig:
+        """The fields as a checked, hashable config."""
+        return MultiHeadAttentionConfig(**{name: getattr(self, name) for name in field_names()})
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Array,
+        value: Array,
+        key: Array | None = None,
+        query_mask: Array | None = None,
+        value_mask: Array | None = None,
+        key_mask: Array | None = None,
+        attention_mask: Array | None = None,
+        return_attention_scores: bool = False,
+        training: bool = False,
+        use_causal_mask: bool = False,
+        *,
+        bias: Array | None = None,
+        segment_ids: Array | tuple[Array, Array] | None = None,
+    ) -> Any:
+        """See `multi_head_attention`; `training=True` turns dropout on."""
+        config = self.config
+        params = self._params(config, query, value, value if key is None else key)
+        sow_scores = self.sow_attention_scores and self.is_mutable_collection("intermediates")
+        activations = forward(
+            params,
+            query,
+            value,
+            key,
+            config=config,
+            use_causal_mask=use_causal_mask,
+            return_attention_scores=return_attention_scores or sow_scores,
+            dropout_key=self._dropout_key(_checks.boolean("training", training)),
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            bias=bias,
+            segment_ids=segment_ids,
+        )
+        self._sow_losses(params, activations, config)
+        if sow_scores:
+            self.sow("intermediates", "attention_scores", activations.attention_scores)
+        if return_attention_scores:
+            return activations.output, activations.attention_scores
+        return activations.output
+
+    def _params(self, config: MultiHeadAttentionConfig, *arrays: Array) -> dict[str, Any]:
+        for name, array in zip(("query", "value", "key"), arrays):
+            _checks.floating_array(name, array, "[..., length, features]")
+        shapes: ParamsLike = param_shapes(config, *(array.shape for array in arrays))
+        return {
+            name: self.param(name, init_projection, name, shapes[name], config) for name in shapes
+        }
+
+    def _dropout_key(self, training: bool) -> PRNGKey | None:
+        if not training or self.dropout == 0 or self.is_initializing():
+            return None
+        if self.has_rng("dropout"):
+            return self.make_rng("dropout")
+        if self.seed is not None:
+            return jax.random.key(self.seed)
+        rule = "`training=True` with dropout > 0 needs a PRNG key."
+        remedy = "Pass `rngs={'dropout': jax.random.key(0)}` to `apply`, or set `seed`."
+        _checks.fail(ValueError, rule, f"dropout={self.dropout}, no 'dropout' rng stream", remedy)
+
+    def _sow_losses(self, params: Any, activations: Any, config: MultiHeadAttentionConfig) -> None:
+        """Scalars in the "losses" collection; parameters shared by two calls count once."""
+        if self.is_initializing():
+            return
+        if config.kernel_regularizer is not None or config.bias_regularizer is not None:
+            loss = regularization_loss(params, config)
+            self.sow("losses", "regularization", loss, reduce_fn=lambda _, new: new)
+        if config.activity_regularizer is not None:
+            loss = activity_loss(activations, config)
+            self.sow("losses", "activity", loss, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros(()))

@@ -1,0 +1,178 @@
+"""Masks that keep their structure: who may attend to whom, without a `[T, S]` array."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha import _checks
+from flax_mha._typing import Array
+
+Band = tuple[int | None, int | None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Mask:
+    """Which query may attend to which key. True always means "may attend".
+
+    A query at position p attends to a key at s where every part that is set agrees:
+
+        p - left <= s <= p + right   band = (left, right), None = without bound; p = t + offset
+        query_padding[b, t]          False removes a query
+        key_padding[b, s]            False removes a key
+        query_ids[b, t] == key_ids[b, s]   for each pair of segment ids
+        dense[b, n, t, s]            for each dense array, any axis of which may be 1
+
+    `mask_a & mask_b` is their intersection and stays structured. Masks are pytrees: their arrays
+    are data under `jax.jit`, the band is static.
+
+    Memory: what the arrays hold. Only `as_array` makes T x S booleans.
+
+    Example:
+        >>> from flax_mha import Mask
+        >>> print((Mask.causal() & Mask.window(1, 0)).as_array(3, 4)[0, 0].astype(int))
+        [[1 0 0 0]
+         [1 1 0 0]
+         [0 1 1 0]]
+    """
+
+    band: Band = dataclasses.field(default=(None, None), metadata={"static": True})
+    query_offset: Array | None = None
+    query_padding: Array | None = None
+    key_padding: Array | None = None
+    segment_ids: tuple[tuple[Array, Array], ...] = ()
+    dense_masks: tuple[Array, ...] = ()
+
+    @classmethod
+    def causal(cls, query_offset: Any = None) -> Mask:
+        """No key after the query; `query_offset` is the position of query 0, 0 = top-left."""
+        return cls(band=(None, 0), query_offset=query_offset)
+
+    @classmethod
+    def window(cls, left: int | None, right: int | None) -> Mask:
+        """At most `left` keys before the query and `right` after it, itself included besides."""
+        for name, bound in (("left", left), ("right", right)):
+            if bound is not None:
+                _checks.integer(name, bound, minimum=0)
+        return cls(band=(left, right))
+
+    @classmethod
+    def padding(cls, query: Any = None, key: Any = None) -> Mask:
+        """Booleans `[B, T]` of real queries and `[B, S]` of real keys."""
+        return cls(query_padding=_padding("query", query), key_padding=_padding("key", key))
+
+    @classmethod
+    def segments(cls, query_ids: Any, key_ids: Any) -> Mask:
+        """Integer ids `[B, T]` and `[B, S]`: attention stays within equal ids."""
+        return cls(segment_ids=((_ids("query_ids", query_ids), _ids("key_ids", key_ids)),))
+
+    @classmethod
+    def dense(cls, array: Any) -> Mask:
+        """A boolean array that broadcasts to `[B, N, T, S]`, axes aligned from the right."""
+        array = _checks.boolean_mask("dense", array)
+        if array.ndim > 4:
+            rule = "A dense mask must broadcast to [B, N, T, S]."
+            _checks.fail(ValueError, rule, f"shape {array.shape}")
+        return cls(dense_masks=(jax.lax.broadcast_to_rank(array, 4),))
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Mask(
+            band=tuple(_either(min, a, b) for a, b in zip(self.band, other.band)),
+            query_offset=_common_offset(self, other),
+            query_padding=_either(operator.and_, self.query_padding, other.query_padding),
+            key_padding=_either(operator.and_, self.key_padding, other.key_padding),
+            segment_ids=self.segment_ids + other.segment_ids,
+            dense_masks=self.dense_masks + other.dense_masks,
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every query may attend to every key."""
+        return self.band == (None, None) and not jax.tree.leaves(
+            (self.query_padding, self.key_padding, self.segment_ids, self.dense_masks)
+        )
+
+    def as_array(self, T: int, S: int) -> Array:
+        """The mask as booleans `[b, n, T, S]`, where b and n are 1 or full."""
+        parts = [_band(self, T, S), *self.dense_masks]
+        if self.query_padding is not None:
+            parts.append(self.query_padding[:, None, :, None])
+        if self.key_padding is not None:
+            parts.append(self.key_padding[:, None, None, :])
+        parts += [_same_segment(*ids)[:, None] for ids in self.segment_ids]
+        allowed = functools.reduce(jnp.logical_and, parts)
+        return jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
+
+    def check(self, B: int, N: int, T: int, S: int) -> None:
+        """Refuses arrays that do not fit `[B, N, T, S]`."""
+        for name, array, full, letters in (
+            ("mask.query_padding", self.query_padding, (B, T), "[B, T]"),
+            ("mask.key_padding", self.key_padding, (B, S), "[B, S]"),
+            *(("mask.segment_ids[0]", q, (B, T), "[B, T]") for q, _ in self.segment_ids),
+            *(("mask.segment_ids[1]", k, (B, S), "[B, S]") for _, k in self.segment_ids),
+        ):
+            if array is not None:
+                # T and S of 1 would broadcast: one length of padding for all is never meant.
+                _checks.broadcastable(name, array.shape[:1], full[:1], letters)
+                if array.shape[1] != full[1]:
+                    rule = f"`{name}` must be {letters} = {full}."
+                    _checks.fail(ValueError, rule, f"shape {array.shape}")
+        for array in self.dense_masks:
+            swapped = array.shape[-2:] == (S, T) and S != T
+            remedy = "Did you swap T and S?" if swapped else ""
+            _checks.broadcastable("mask", array.shape, (B, N, T, S), "[B, N, T, S]", remedy)
+
+
+def _padding(name: str, array: Any) -> Array | None:
+    return None if array is None else _rank_two(name, _checks.boolean_mask(name, array))
+
+
+def _ids(name: str, array: Any) -> Array:
+    return _rank_two(name, _checks.integer_ids(name, array).astype("int32"))
+
+
+def _rank_two(name: str, array: Array) -> Array:
+    if len(array.shape) not in (1, 2):
+        rule = f"`{name}` must have the axes [B, length] or [length]."
+        _checks.fail(ValueError, rule, f"shape {tuple(array.shape)}")
+    return jax.lax.broadcast_to_rank(array, 2)
+
+
+def _either(combine: Any, a: Any, b: Any) -> Any:
+    return b if a is None else a if b is None else combine(a, b)
+
+
+def _common_offset(a: Mask, b: Mask) -> Array | None:
+    """The offset of an intersection: two bands shifted differently are not a band."""
+    banded = [mask for mask in (a, b) if mask.band != (None, None)]
+    offsets = [mask.query_offset for mask in banded]
+    if len(offsets) == 2 and offsets[0] is not offsets[1]:
+        rule = "Two banded masks can be combined only with the same `query_offset`."
+        _checks.fail(ValueError, rule, f"{offsets[0]} and {offsets[1]}")
+    return offsets[0] if offsets else None
+
+
+def _band(mask: Mask, T: int, S: int) -> Array:
+    left, right = mask.band
+    position_bT = jnp.arange(T, dtype="int32")[None]
+    if mask.query_offset is not None:
+        position_bT += jnp.reshape(mask.query_offset, (-1, 1)).astype("int32")
+    distance_bTS = jnp.arange(S, dtype="int32")[None, None] - position_bT[..., None]
+    allowed_bTS = jnp.ones((1, 1, 1), bool)
+    if left is not None:
+        allowed_bTS = distance_bTS >= -left
+    if right is not None:
+        allowed_bTS = allowed_bTS & (distance_bTS <= right)
+    return allowed_bTS[:, None]
+
+
+def _same_segment(query_ids_bT: Array, key_ids_bS: Array) -> Array:
+    return query_ids_bT[:, :, None] == key_ids_bS[:, None, :]

@@ -1,0 +1,137 @@
+"""One tree, read three ways: shapes, letters, initial values."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+
+from flax_mha import _checks
+from flax_mha._typing import Array, Params, ParamsLike, PRNGKey, Shape
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.initializers import Initializer
+
+# How many leading axes of a kernel are summed over; the others are the outputs.
+INPUT_RANK = {"query": 1, "key": 1, "value": 1, "gate": 1, "attention_output": 2}
+LETTERS = {
+    "query": {"kernel": "DNH", "bias": "NH"},
+    "key": {"kernel": "CKH", "bias": "KH"},
+    "value": {"kernel": "MKV", "bias": "KV"},
+    "gate": {"kernel": "DNV", "bias": "NV"},
+    "attention_output": {"kernel": "NVE", "bias": "E"},
+}
+
+
+def param_shapes(
+    config: MultiHeadAttentionConfig,
+    query_shape: Shape,
+    value_shape: Shape | None = None,
+    key_shape: Shape | None = None,
+) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s.
+
+    Args:
+        config: the layer.
+        query_shape: the query's shape `[..., T, D]`; only D is read.
+        value_shape: the value's shape `[..., S, M]`; None = self-attention, query_shape.
+        key_shape: the key's shape `[..., S, C]`; None = value_shape.
+
+    Returns:
+        `{"query": {"kernel": DNH, "bias": NH}, "key": CKH, "value": MKV, ["gate": DNV,]
+        "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False.
+
+    Example:
+        >>> from flax_mha import MultiHeadAttentionConfig, param_shapes
+        >>> shapes = param_shapes(MultiHeadAttentionConfig(num_heads=2, key_dim=16), (8, 32))
+        >>> shapes["query"]["kernel"].shape
+        (32, 2, 16)
+    """
+    value_shape = query_shape if value_shape is None else value_shape
+    key_shape = value_shape if key_shape is None else key_shape
+    D, C, M = (shape[-1] for shape in (query_shape, key_shape, value_shape))
+    N, K, H, V = config.dims
+    kernels = {"query": (D, N, H), "key": (C, K, H), "value": (M, K, V)}
+    if config.use_gate:
+        kernels["gate"] = (D, N, V)
+    kernels["attention_output"] = (N, V, *(config.output_shape or (D,)))
+    shapes = {name: _projection(name, shape, config) for name, shape in kernels.items()}
+    return cast(Params, shapes)
+
+
+def _projection(name: str, kernel: Shape, config: MultiHeadAttentionConfig) -> Any:
+    shapes = {"kernel": kernel, "bias": kernel[INPUT_RANK[name] :]}
+    if not config.use_bias:
+        del shapes["bias"]
+    return {leaf: jax.ShapeDtypeStruct(shape, config.param_dtype) for leaf, shape in shapes.items()}
+
+
+def init_params(
+    init_key: PRNGKey,
+    config: MultiHeadAttentionConfig,
+    query_shape: Shape,
+    value_shape: Shape | None = None,
+    key_shape: Shape | None = None,
+) -> Params:
+    """Initial parameters: Keras 3.15's distributions, with fans of the true einsum axes.
+
+    Args:
+        init_key: one PRNG key. Initializers with a seed of their own draw from that instead, and
+            then give the numbers that Keras gives on JAX.
+        config: the layer.
+        query_shape: as in `param_shapes`.
+        value_shape: as in `param_shapes`.
+        key_shape: as in `param_shapes`.
+
+    Returns:
+        The tree of `param_shapes`, filled. Each array depends on `init_key` and its own name alone.
+
+    Raises:
+        TypeError: `init_key` is not a PRNG key.
+        ValueError: float64 parameters without JAX's 64-bit mode.
+
+    Example:
+        >>> import jax
+        >>> from flax_mha import MultiHeadAttentionConfig, init_params
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=16)
+        >>> params = init_params(jax.random.key(0), config, (8, 32))
+        >>> params["attention_output"]["kernel"].shape
+        (2, 16, 32)
+    """
+    _checks.prng_key("init_key", init_key)
+    shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
+    params = {name: init_projection(init_key, name, shapes[name], config) for name in shapes}
+    return cast(Params, params)
+
+
+def init_projection(
+    init_key: PRNGKey, name: str, shapes: Any, config: MultiHeadAttentionConfig
+) -> dict[str, Array]:
+    """Initial values of one projection: `{"kernel": ..., "bias": ...}` of the given shapes."""
+    _checks.x64_enabled("param_dtype", config.param_dtype)
+    initializers = {"kernel": config.kernel_initializer, "bias": config.bias_initializer}
+    name_key = jax.random.fold_in(init_key, list(LETTERS).index(name))
+    leaf_keys = dict(zip(("kernel", "bias"), jax.random.split(name_key)))
+    return {
+        leaf: _draw(initializers[leaf], leaf_keys[leaf], struct, _fans(name, leaf, struct.shape))
+        for leaf, struct in shapes.items()
+    }
+
+
+def _fans(name: str, leaf: str, shape: Shape) -> tuple[int, int] | None:
+    """(fan_in, fan_out) of a kernel; a bias follows Keras's rule for any array."""
+    rank = INPUT_RANK[name]
+    return (math.prod(shape[:rank]), math.prod(shape[rank:])) if leaf == "kernel" else None
+
+
+def _draw(initializer: Callable[..., Array], key: PRNGKey, struct: Any, fans: Any) -> Array:
+    if isinstance(initializer, Initializer):
+        return initializer(key, struct.shape, struct.dtype, fans=fans)
+    values = initializer(key, struct.shape, struct.dtype)
+    _checks.initial_values(values, struct)
+    return values
+
+
+def check_params(params: Any, config: MultiHeadAttentionConfig, *shapes: Shape) -> None:
+    """Refuses parameters that do not fit the config and the inputs' shapes, by name and letters."""
+    expected = cast(Mapping[str, Any], param_shapes(config, *shapes))
+    _checks.params_tree(params, expected, LETTERS)

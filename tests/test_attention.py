@@ -1,0 +1,218 @@
+"""dot_product_attention: every implementation against the oracle, and the choice among them."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import CASES, B, H, N, S, T, V
+from helpers import assert_close, normal, x64
+
+from flax_mha import IMPLEMENTATIONS, Mask, dot_product_attention, explain
+from flax_mha.attention import _dispatch
+
+# implementation -> {what it must refuse: the regex of its reason}; an unexpected success fails.
+REFUSALS: dict[str, dict[str, str]] = {"reference": {}}
+
+
+def served(name, feature, run):
+    """The result of `run`, or None where the table says that this is refused, and it was."""
+    if feature not in REFUSALS[name]:
+        return run()
+    with pytest.raises(NotImplementedError, match=REFUSALS[name][feature]):
+        run()
+    return None
+
+
+@pytest.fixture(params=list(IMPLEMENTATIONS))
+def implementation(request):
+    return request.param
+
+
+def attend(arrays, call, **options):
+    return dot_product_attention(**arrays, **call, **options)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_is_the_oracle_s(case, implementation):
+    arrays = case.arrays()
+    context, weights = case.expected(arrays)
+    assert_close(attend(arrays, case.call, implementation=implementation), context, "float32")
+    both = lambda: attend(arrays, case.call, implementation=implementation, return_weights=True)
+    if (result := served(implementation, "weights", both)) is not None:
+        assert_close(result[1], weights, "float32", "weights")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["long causal", "all masks", "bias", "dropout", "grouped heads"])
+def test_16_bits(name, dtype, implementation):
+    case = CASES[name]
+    arrays = case.arrays(dtype)
+    result = attend(arrays, case.call, implementation=implementation)
+    assert result.dtype == dtype
+    assert_close(result, case.expected(arrays)[0], dtype)
+
+
+@pytest.mark.parametrize("name", ["long causal", "all masks", "grouped heads", "dropout"])
+def test_float64(name, implementation):
+    case = CASES[name]
+    with x64():
+        arrays = {name: jnp.asarray(x, "float64") for name, x in case.arrays().items()}
+        result = attend(arrays, case.call, implementation=implementation)
+        assert result.dtype == "float64"
+        assert_close(result, case.expected(arrays)[0], "float64")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_are_the_oracle_s_slopes(case, implementation):
+    """Along one random direction of each array, in float64; bias too where there is one."""
+    with x64():
+        arrays = {name: jnp.asarray(x, "float64") for name, x in case.arrays().items()}
+        call = dict(case.call)
+        if "bias" in call:
+            arrays["bias"] = jnp.asarray(call.pop("bias"), "float64")
+        probe = np.random.default_rng(3).normal(size=case.expected(arrays)[0].shape)
+        scalar = lambda arrays: (attend(arrays, call, implementation=implementation) * probe).sum()
+        gradients = jax.jit(jax.grad(scalar))(arrays)
+
+    def oracle(arrays):
+        moved = type(case)({**case.call, "bias": arrays.get("bias", 0.0)}, case.allowed, case.sizes)
+        return (moved.expected(arrays)[0] * probe).sum()
+
+    for seed, name in enumerate(arrays):
+        x = np.asarray(arrays[name])
+        direction, step = np.random.default_rng(seed).normal(size=x.shape), 1e-5
+        slope = oracle({**arrays, name: x + step * direction})
+        slope = (slope - oracle({**arrays, name: x - step * direction})) / (2 * step)
+        gradient = (np.asarray(gradients[name]) * direction).sum()
+        np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["all masks", "bias", "grouped heads"])
+def test_jvp_is_the_gradient_s_transpose(name, implementation):
+    case = CASES[name]
+    arrays = case.arrays()
+    tangents = {name: normal(20 + i, *x.shape) for i, (name, x) in enumerate(arrays.items())}
+    function = lambda arrays: attend(arrays, case.call, implementation=implementation)
+    forward = lambda: jax.jvp(function, (arrays,), (tangents,))
+    if (result := served(implementation, "jvp", forward)) is None:
+        return
+    cotangent = normal(30, *result[1].shape)
+    (back,) = jax.vjp(function, arrays)[1](cotangent)
+    left = (np.asarray(result[1], np.float64) * np.asarray(cotangent)).sum()
+    right = sum((np.asarray(back[x], np.float64) * np.asarray(tangents[x])).sum() for x in back)
+    np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["all masks", "nobody may attend", "no keys", "long causal"])
+def test_residuals_are_the_softmax_s(name, implementation):
+    case = CASES[name]
+    arrays = case.arrays()
+    _, (row_max, row_sum) = attend(
+        arrays, case.call, implementation=implementation, return_residuals=True
+    )
+    b, t, s, n = case.sizes[:4]
+    assert row_max.shape == row_sum.shape == (b, n, t)
+    logits = np.einsum("btnh,bsnh->bnts", *(np.asarray(arrays[x], float) for x in ("query", "key")))
+    logits = np.where(
+        np.broadcast_to(case.allowed, (b, n, t, s)), logits / np.sqrt(case.sizes[5]), -np.inf
+    )
+    total = np.exp(logits).sum(-1)
+    empty = total == 0
+    assert (np.isneginf(row_max) == empty).all()
+    assert (np.asarray(row_sum)[empty] == 0).all()
+    assert_close(
+        np.where(empty, 0, np.exp(np.where(empty, 0, row_max)) * row_sum), total, "float32"
+    )
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_any_number_of_batch_axes(batch, implementation):
+    query, key, value = (
+        normal(0, *batch, T, N, H),
+        normal(1, *batch, S, N, H),
+        normal(2, *batch, S, N, V),
+    )
+    mask, bias = normal(3, *batch, N, T, S) > 0, normal(4, *batch, 1, T, S)
+    call = dict(mask=mask, bias=bias, implementation=implementation)
+    result = dot_product_attention(query, key, value, **call)
+    assert result.shape == (*batch, T, N, V)
+    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
+    call = dict(mask=flat(mask), bias=flat(bias), implementation=implementation)
+    expected = dot_product_attention(flat(query), flat(key), flat(value), **call)
+    assert_close(result, expected.reshape(result.shape), "float32")
+
+
+def test_return_order(implementation):
+    arrays = CASES["plain"].arrays()
+    if "weights" in REFUSALS[implementation]:
+        return
+    call = dict(implementation=implementation, return_weights=True, return_residuals=True)
+    context, weights, residuals = attend(arrays, call)
+    assert [x.shape for x in (context, weights, *residuals)] == [
+        (B, T, N, V), (B, N, T, S), (B, N, T), (B, N, T),
+    ]  # fmt: skip
+
+
+def test_precision_reaches_both_products():
+    """On CPU precision changes no number, so the compiler's input must show it."""
+    arrays = CASES["plain"].arrays()
+    attend_highest = lambda arrays: attend(
+        arrays, {}, precision="highest", implementation="reference"
+    )
+    text = str(jax.make_jaxpr(attend_highest)(arrays))
+    assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+
+class Picky:
+    """A stand-in that cannot do causal attention, and marks what it serves."""
+
+    @staticmethod
+    def unsupported(inputs, options):
+        return "it knows no causal order" if inputs.mask.band != (None, None) else None
+
+    @staticmethod
+    def attend(inputs, options):
+        context = jnp.full_like(inputs.query_BTNH, 7)
+        return _dispatch.Output(context)
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    table = {"picky": Picky, **IMPLEMENTATIONS}
+    monkeypatch.setattr(_dispatch, "IMPLEMENTATIONS", table)
+
+
+def test_named_means_named(picky):
+    x = normal(0, B, T, N, H)
+    assert (dot_product_attention(x, x, x, implementation="picky") == 7).all()
+    assert (dot_product_attention(x, x, x, implementation="reference") != 7).all()
+    with pytest.raises(
+        NotImplementedError, match=r"'picky' cannot .*no causal order.*\['reference'"
+    ):
+        dot_product_attention(x, x, x, implementation="picky", is_causal=True)
+
+
+def test_explain_gives_every_reason_without_computing(picky):
+    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+    assert explain(x, x, x)["picky"] == "ok"
+    reasons = explain(x, x, x, is_causal=True, implementation="picky")
+    assert reasons["picky"] == "it knows no causal order"
+    assert reasons["reference"] == "ok"
+    mask = Mask.padding(key=jnp.ones((B, T), bool))
+    key = jax.random.key(0)
+    call = dict(mask=mask, bias=jnp.zeros((T, T)), dropout_rate=0.1, dropout_key=key)
+    assert explain(x, x, x, **call)["reference"] == "ok"
+
+
+def test_explain_takes_the_arguments_of_the_function():
+    takes = inspect.signature(dot_product_attention).parameters
+    own = inspect.signature(_dispatch._canonical).parameters
+    assert set(takes) == {*own, "implementation"}
+    assert all(own[name].default == takes[name].default for name in own)
+    with pytest.raises(TypeError, match="casual"):
+        explain(*[normal(0, B, T, N, H)] * 3, casual=True)
