@@ -93,7 +93,7 @@ def layer(
     gate_BTNV = None
     if config.use_gate:
         gate_BTNV = jax.nn.sigmoid(project("BTD,DNV->BTNV", query_BTD, params["gate"]))
-        context_BTNV *= gate_BTNV
+        context_BTNV *= _of_real_queries(gate_BTNV, mask)
     output_BTE = project("BTNV,NVE->BTE", context_BTNV, _flat_output(params["attention_output"]))
 
     output_shape = params["attention_output"]["kernel"].shape[2:]
@@ -124,6 +124,13 @@ def _project(
     if "bias" in projection:
         y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
     return jnp.where(_as_rank(finite_BT, y.ndim), y, jnp.nan) if isolate else y
+
+
+def _of_real_queries(gate_BTNV: Array, mask: Mask) -> Array:
+    """The gate with zeros at removed queries, whose NaN times a context of 0 would be NaN."""
+    if mask.query_padding is None:
+        return gate_BTNV
+    return jnp.where(_as_rank(mask.query_padding, gate_BTNV.ndim), gate_BTNV, 0)
 
 
 def _as_rank(x_BT: Array, rank: int) -> Array:

@@ -77,8 +77,8 @@ def keras_call(layer, params, query, value, key=None, *, query_mask=None, **call
     return result
 
 
-def keras_gradients(loss, *arguments):
+def keras_gradients(loss, *arguments, compiled=False):
     """Gradients of a loss that calls Keras and returns (scalar, results), and the results."""
+    gradient = jax.grad(loss, argnums=tuple(range(len(arguments))), has_aux=True)
     with relaxed():
-        argnums = tuple(range(len(arguments)))
-        return jax.grad(loss, argnums=argnums, has_aux=True)(*arguments)
+        return (jax.jit(gradient) if compiled else gradient)(*arguments)

@@ -1,0 +1,1 @@
+"""A byte-level language model on `MultiHeadAttention`: `python -m flax_mha.demo train CONFIG`."""

@@ -1,0 +1,117 @@
+"""Reads settings from TOML and from `--set section.key=value`; refuses what it does not know."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_mha import MultiHeadAttentionConfig
+from flax_mha.demo import settings as schema
+from flax_mha.demo.settings import DemoError, Settings
+
+# The demo's text has one axis, and the residual stream fixes the output's size.
+FIXED_ATTENTION = ("output_shape", "attention_axes")
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings in a TOML file, with `section.key=value` strings applied over it.
+
+    Raises:
+        DemoError: the file cannot be read, or holds something unknown or of the wrong type.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoError(f"cannot read the settings: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DemoError(f"{path} is not valid TOML: {error}") from error
+    for text in overrides:
+        _apply(tables, text)
+    return settings_from(tables)
+
+
+def settings_from(tables: Mapping[str, Any]) -> Settings:
+    """Checked settings from plain tables; a section left out has its defaults."""
+    _known("section", tables, (*schema.SECTIONS, "attention"))
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise DemoError(f"[{name}] must be a section. Received: {name} = {table!r}.")
+    sections = {name: _section(name, tables.get(name, {})) for name in schema.SECTIONS}
+    attention = _attention(tables.get("attention", {}), sections["model"])
+    return Settings(attention=attention, **sections)
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value; a bare word, which TOML has not, is a string."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if len(table) == 1 else text
+
+
+def _apply(tables: dict[str, Any], text: str) -> None:
+    """One `section.key=value` into the tables."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise DemoError(f"--set takes SECTION.KEY=VALUE, as train.steps=100. Received: {text!r}.")
+    _known("section", [section], (*schema.SECTIONS, "attention"))
+    table = tables.setdefault(section, {})
+    if isinstance(table, dict):
+        table[key] = parse_value(value.strip())
+
+
+def _section(name: str, table: Mapping[str, Any]) -> Any:
+    section = schema.SECTIONS[name]
+    types = {field.name: field.type for field in dataclasses.fields(section)}
+    _known(f"key of [{name}]", table, types)
+    return section(**{key: _checked(f"{name}.{key}", table[key], types[key]) for key in table})
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`; a whole number may stand for a fraction, but True is not 1."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        received = f"{value!r} of type {type(value).__name__}"
+        raise DemoError(f"{name} must be of type {kind.__name__}. Received: {received}.")
+    if kind in (int, float):
+        _in_range(name, value)
+    return value
+
+
+def _in_range(name: str, value: float) -> None:
+    key = name.partition(".")[2]
+    least = schema.LEAST.get(key, 1 if isinstance(value, int) else 0)
+    # Negated, so that NaN is refused too.
+    if not value >= least or value == float("inf"):
+        raise DemoError(f"{name} must be a number of at least {least}. Received: {value!r}.")
+    if key in schema.POSITIVE and value == 0:
+        raise DemoError(f"{name} must be above 0. Received: {value!r}.")
+    if key in schema.FRACTIONS_BELOW_ONE and value >= 1:
+        raise DemoError(f"{name} must be below 1. Received: {value!r}.")
+
+
+def _attention(table: Mapping[str, Any], model: schema.ModelSettings) -> MultiHeadAttentionConfig:
+    """`[attention]`: 4 heads that share the features, unless the table says otherwise."""
+    names = [field.name for field in dataclasses.fields(MultiHeadAttentionConfig)]
+    _known("key of [attention]", table, [name for name in names if name not in FIXED_ATTENTION])
+    heads = table.get("num_heads", 4)
+    # A wrong number of heads is left for the config to refuse.
+    share = model.features // heads if isinstance(heads, int) and heads > 0 else 1
+    try:
+        return MultiHeadAttentionConfig(**{"num_heads": heads, "key_dim": max(share, 1), **table})
+    except (TypeError, ValueError) as error:
+        raise DemoError(f"[attention] {error}") from error
+
+
+def _known(what: str, names: Iterable[str], valid: Iterable[str]) -> None:
+    valid = list(valid)
+    for name in names:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise DemoError(f"unknown {what}: {name!r}.{hint} Valid: {', '.join(valid)}.")

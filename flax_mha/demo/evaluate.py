@@ -1,0 +1,60 @@
+"""Bits per byte of a text under a model, each byte counted exactly once.
+
+A window of `context` bytes moves on by half its length; of each window but the first, only the
+second half is counted, so every byte is predicted from at least half a window of what precedes it.
+The first byte of all has nothing before it and costs 8 bits.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flax_mha._typing import Array
+from flax_mha.demo.model import Transformer
+
+_WINDOWS_AT_ONCE = 32
+
+
+class Windows(NamedTuple):
+    """Inputs, the byte that follows each, and whether that byte is counted here."""
+
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    counted_BT: np.ndarray
+
+
+def bits_per_byte(model: Transformer, params: Any, text: np.ndarray, context: int) -> float:
+    """The mean over all bytes of `text` of -log2 p(byte | the bytes before it)."""
+    batches = split_windows(text, context)
+    nats = sum(float(_total_nats(model, params, windows)) for windows in batches)
+    return (8 + nats / math.log(2)) / len(text)
+
+
+def split_windows(text: np.ndarray, context: int) -> Iterator[Windows]:
+    """Batches of one shape; windows beyond the text count nothing."""
+    stride = max(1, context // 2)
+    starts = np.arange(0, len(text) - 1, stride)
+    padded = np.concatenate([text, np.zeros(context + 1, text.dtype)]).astype(np.int32)
+    for i in range(0, len(starts), _WINDOWS_AT_ONCE):
+        start_B1 = starts[i : i + _WINDOWS_AT_ONCE, None]
+        target_BT = start_B1 + 1 + np.arange(context)
+        fresh_BT = (start_B1 == 0) | (np.arange(context) >= context - stride)
+        windows = padded[target_BT - 1], padded[target_BT], fresh_BT & (target_BT < len(text))
+        yield Windows(*(_full_batch(array) for array in windows))
+
+
+def _full_batch(array: np.ndarray) -> np.ndarray:
+    return np.pad(array, ((0, _WINDOWS_AT_ONCE - len(array)), (0, 0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _total_nats(model: Transformer, params: Any, windows: Windows) -> Array:
+    logits_BTY = model.apply({"params": params}, windows.tokens_BT)
+    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTY, windows.targets_BT)
+    return jnp.sum(jnp.where(windows.counted_BT, nats_BT, 0))

@@ -1,0 +1,116 @@
+"""Bits per byte: of compressors by hand, of a model byte by byte."""
+
+import bz2
+import lzma
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_mha.demo import evaluate, generate
+from flax_mha.demo.compressors import compressed_bits_per_byte
+from flax_mha.demo.config_file import settings_from
+from flax_mha.demo.model import Transformer
+from flax_mha.demo.train import make_model
+
+CONTEXT = 6
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small model with random parameters, large enough for uneven predictions."""
+    settings = settings_from(
+        {
+            "model": {"layers": 1, "features": 8, "context": CONTEXT},
+            "attention": {"num_heads": 2},
+        }
+    )
+    model = make_model(settings)
+    params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
+    return model, jax.tree.map(lambda leaf: 3 * leaf, params)
+
+
+def test_compressors_by_hand():
+    text = b"def f(x):\n    return x\n" * 40
+    packed = {"lzma": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)}
+    packed |= {"bz2": bz2.compress(text, 9), "zlib": zlib.compress(text, 9)}
+    expected = {name: len(data) * 8 / 920 for name, data in packed.items()}
+    assert compressed_bits_per_byte(text) == pytest.approx(expected)
+    assert lzma.decompress(packed["lzma"]) == text
+
+
+@pytest.mark.parametrize("length", [2, 6, 7, 8, 19, 230])
+def test_every_byte_but_the_first_is_counted_once(length):
+    text = np.arange(length, dtype=np.uint8)
+    counts = np.zeros(length, int)
+    for windows in evaluate.split_windows(text, CONTEXT):
+        np.add.at(counts, windows.targets_BT[windows.counted_BT], 1)
+        inside = windows.counted_BT
+        np.testing.assert_array_equal(windows.targets_BT[inside], windows.tokens_BT[inside] + 1)
+    np.testing.assert_array_equal(counts, [0] + [1] * (length - 1))
+
+
+def test_bits_per_byte_of_a_uniform_model_is_eight(trained):
+    model, params = trained
+    silent = jax.tree.map(jnp.zeros_like, params)
+    text = np.frombuffer(b"any text whatever", np.uint8)
+    assert evaluate.bits_per_byte(model, silent, text, CONTEXT) == pytest.approx(8)
+
+
+def test_bits_per_byte_byte_by_byte(trained):
+    model, params = trained
+    text = np.frombuffer(b"while x: x = f(x)", np.uint8)
+    bits = 8.0
+    for i in range(1, len(text)):
+        # Windows start at multiples of 3; the last that counts byte i holds 3 to 6 bytes before it.
+        start = 0 if i <= CONTEXT else 3 * ((i - 1) // 3 - 1)
+        tokens = jnp.asarray(text[start:i], jnp.int32)[None]
+        logits = np.asarray(model.apply({"params": params}, tokens)[0, -1], np.float64)
+        shifted = logits - logits.max()
+        bits -= (shifted[text[i]] - math.log(np.exp(shifted).sum())) / math.log(2)
+    expected = bits / len(text)
+    assert abs(expected - 8) > 0.01
+    assert evaluate.bits_per_byte(model, params, text, CONTEXT) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_model_does_not_see_the_future(trained):
+    model, params = trained
+    tokens = jnp.asarray([[1, 2, 3, 4, 5, 6]], jnp.int32)
+    changed = tokens.at[0, 4].set(99)
+    before, after = (model.apply({"params": params}, x) for x in (tokens, changed))
+    np.testing.assert_array_equal(before[0, :4], after[0, :4])
+    assert (before[0, 4] != after[0, 4]).any()
+
+
+@pytest.mark.parametrize("prompt", [b"", b"ab", b"abcdef", b"abcdefghij"])
+def test_generation_follows_the_likeliest_byte(trained, prompt):
+    """At a temperature near 0 sampling is argmax, which a plain loop can follow."""
+    model, params = trained
+    sampled = generate.generate(
+        model,
+        params,
+        prompt,
+        count=9,
+        context=CONTEXT,
+        temperature=1e-6,
+        sample_key=jax.random.key(0),
+    )
+    text = list(prompt or b"\n")
+    for _ in range(9):
+        tokens = jnp.asarray(text[-CONTEXT:], jnp.int32)[None]
+        text.append(int(model.apply({"params": params}, tokens)[0, -1].argmax()))
+    assert list(sampled) == text[-9:]
+
+
+def test_tied_and_untied_heads_have_their_parameters():
+    for tied, extra in ((True, set()), (False, {"head"})):
+        tables = {"model": {"layers": 1, "features": 8, "context": 4, "tied_head": tied}}
+        settings = settings_from({**tables, "attention": {"num_heads": 2}})
+        model = Transformer(settings.model, settings.attention)
+        shapes = jax.eval_shape(
+            lambda model=model: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+        )
+        assert set(shapes["params"]) == {"block_0", "embed", "final_norm", "position"} | extra
