@@ -94,6 +94,7 @@ def test_identity_as_keras(shape):
 
 
 @pytest.mark.parametrize("initializer", [*FIXED, *SEEDED], ids=str)
+@pytest.mark.slow
 def test_sixteen_bits(initializer):
     values = initializer(None, (17, 3, 11), "bfloat16")
     assert values.dtype == jnp.bfloat16
@@ -108,6 +109,7 @@ def test_sixteen_bits(initializer):
 
 
 @pytest.mark.parametrize("initializer", [*FIXED, *SEEDED], ids=str)
+@pytest.mark.slow
 def test_float64(initializer):
     with x64():
         values = initializer(None, (17, 3, 11), "float64")

@@ -115,6 +115,7 @@ def test_attention_axes(case):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @parametrized(mask_cases()[1::14] + axes_cases()[1::9])
+@pytest.mark.slow
 def test_low_precision(case, dtype):
     check_parity(case, dtype)
 

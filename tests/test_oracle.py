@@ -37,7 +37,7 @@ from layer_cases import (
     mask_cases,
 )
 
-from flax_mha import MultiHeadAttentionConfig, param_shapes
+from flax_mha import MultiHeadAttentionConfig, dot_product_attention, param_shapes
 
 CAUSAL = {"use_causal_mask": True}
 QUERY, VALUE = (B, T, D), (B, S, M)
@@ -209,3 +209,23 @@ def test_gradient_float64(case):
 @parametrized(LOW_CASES[::3])
 def test_gradient(case, dtype):
     check_slopes(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_softmax_is_in_float32(dtype):
+    """Logits 3840 and 3840.875 are one number in 16 bits; their weights are 0.29 and 0.71."""
+    query = jnp.array([[60.0, 1.0]], dtype)
+    key = jnp.array([[64.0, 0.0], [64.0, 0.875]], dtype)
+    value = jnp.eye(2, dtype=dtype)
+    arrays = (x[:, None] for x in (query, key, value))  # one head
+    context, weights = dot_product_attention(*arrays, scale=1.0, return_weights=True)
+    expected, expected_weights = oracles.attention(
+        *map(oracles.float64, (query, key, value)),
+        allowed=np.ones((1, 2), bool),
+        bias=np.zeros((1, 2)),
+        scale=1.0,
+        keep=np.ones((1, 2), bool),
+        rate=0.0,
+    )
+    assert_close(context[:, 0], expected, dtype, "context")
+    assert_close(weights[0], expected_weights, dtype, "weights")

@@ -64,6 +64,7 @@ def with_seed(initializer, seed):
 
 
 @pytest.mark.parametrize("initializer", INITIALIZERS, ids=str)
+@pytest.mark.slow
 def test_seeded_initial_values_are_keras_s(initializer):
     """Fans, bounds and distribution at once: the numbers themselves are equal."""
     identifier = with_seed(initializer, 7)

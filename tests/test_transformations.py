@@ -114,6 +114,7 @@ def test_vmap_over_dropout_keys():
 
 
 @pytest.mark.parametrize(("call", "order"), [("masked", 2), ("dropout", 1)])
+@pytest.mark.slow
 def test_gradients_by_finite_differences(call, order):
     """Forward and reverse mode, with respect to params and inputs."""
     with x64():

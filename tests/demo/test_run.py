@@ -78,6 +78,7 @@ def test_a_run_leaves_its_files_and_learns(paths, capsys):
     assert json.loads((out / "settings.json").read_text())["train"]["sample_bytes"] == 24
 
 
+@pytest.mark.slow
 def test_saved_parameters_are_the_trained_ones_and_the_seed_decides(tmp_path):
     train_table = {**TABLES["train"], "steps": 3, "sample_bytes": 0}
     settings = settings_from({**TABLES, "train": train_table})
@@ -101,6 +102,7 @@ def test_saved_parameters_are_the_trained_ones_and_the_seed_decides(tmp_path):
         {"num_heads": 2, "kernel_constraint": "non_neg", "value_dim": 5},
     ],
 )
+@pytest.mark.slow
 def test_options_of_the_layer_take_part(attention):
     model_table = {**TABLES["model"], "dropout": 0.1, "tied_head": False}
     train_table = {**TABLES["train"], "steps": 4, "weight_decay": 0}
@@ -114,6 +116,7 @@ def test_options_of_the_layer_take_part(attention):
         assert float(last.params["block_0"]["mlp"]["up"]["kernel"].min()) < 0
 
 
+@pytest.mark.slow
 def test_regularizers_are_part_of_the_gradient():
     def norm_after(regularizer):
         attention = {"num_heads": 2, "kernel_regularizer": regularizer}
@@ -175,6 +178,7 @@ def test_without_matplotlib(paths, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing_of_its_own(paths, capsys, monkeypatch, earlier):
     config, text, out = paths
     if earlier:
