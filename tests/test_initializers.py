@@ -78,6 +78,7 @@ def fits(initializer, shape):
 
 
 @pytest.mark.parametrize("initializer", [*FIXED, *SEEDED], ids=str)
+@pytest.mark.slow
 def test_a_seed_gives_the_numbers_of_keras(initializer):
     for shape in SHAPES:
         if fits(initializer, shape):

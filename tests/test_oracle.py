@@ -207,6 +207,7 @@ def test_gradient_float64(case):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @parametrized(LOW_CASES[::3])
+@pytest.mark.slow
 def test_gradient(case, dtype):
     check_slopes(case, dtype)
 
