@@ -71,7 +71,7 @@ def layer(
         _project,
         dtype=_compute_dtype(params, arrays, config),
         precision=config.precision,
-        isolate=_removes_positions(mask),
+        isolate=mask.removes_positions,
     )
     query_BTD = folding.fold(query)
     query_BTNH = project("BTD,DNH->BTNH", query_BTD, params["query"])
@@ -193,11 +193,6 @@ def _segments(segment_ids: Any, folding: Folding) -> Mask:
 
 def _bias(bias: Array | None, folding: Folding, config: MultiHeadAttentionConfig) -> Array | None:
     return None if bias is None else folding.fold_scores("bias", bias, config.num_heads)
-
-
-def _removes_positions(mask: Mask) -> bool:
-    """Whether padding or segments may hide positions whose content is arbitrary."""
-    return bool(jax.tree.leaves((mask.query_padding, mask.key_padding, mask.segment_ids)))
 
 
 def _compute_dtype(params: Any, arrays: Any, config: MultiHeadAttentionConfig) -> DType:

@@ -100,6 +100,11 @@ class Mask:
             (self.query_padding, self.key_padding, self.segment_ids, self.dense_masks)
         )
 
+    @property
+    def removes_positions(self) -> bool:
+        """Whether padding or segments hide positions, whose content is then arbitrary."""
+        return bool(jax.tree.leaves((self.query_padding, self.key_padding, self.segment_ids)))
+
     def as_array(self, T: int, S: int) -> Array:
         """The mask as booleans `[b, n, T, S]`, where b and n are 1 or full."""
         parts = [_band(self, T, S), *self.dense_masks]

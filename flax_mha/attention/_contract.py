@@ -39,6 +39,7 @@ class Options:
     precision: Any = None
     return_weights: bool = False
     return_residuals: bool = False
+    block_sizes: tuple[int, int] | None = None
 
 
 class Residuals(NamedTuple):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax_mha import _checks
 from flax_mha._folding import collapse
 from flax_mha._typing import Array, PRNGKey, Shape
-from flax_mha.attention import reference
+from flax_mha.attention import blockwise, reference
+from flax_mha.attention._choice import RULE, preferred
 from flax_mha.attention._contract import Inputs, Options, Output
 from flax_mha.attention._quarantine import poison, quarantine
 from flax_mha.masks import Mask
 
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference}
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "blockwise": blockwise}
 
 
 def dot_product_attention(
@@ -32,6 +33,7 @@ def dot_product_attention(
     dropout_key: PRNGKey | None = None,
     precision: Any = None,
     implementation: str | None = None,
+    block_sizes: tuple[int, int] | None = None,
     return_weights: bool = False,
     return_residuals: bool = False,
 ) -> Any:
@@ -50,6 +52,8 @@ def dot_product_attention(
         dropout_key: one PRNG key; None = no dropout.
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
+        block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
+            The keys a block must be a multiple of 4, for dropout draws four at a time.
         return_weights: also return the weights `[..., N, T, S]`, before dropout.
         return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
 
@@ -61,7 +65,7 @@ def dot_product_attention(
         TypeError: a float mask, an integer query, mixed dtypes, a dropout key that is none.
         NotImplementedError: the named implementation cannot serve this call.
 
-    Memory: reference O(T S).
+    Memory: blockwise O(T + S), reference O(T S); `explain` says which one is chosen.
 
     Differs from jax.nn.dot_product_attention: (1) a query that may attend nowhere gets context 0,
     not mean(value); (2) V may differ from H; (3) dropout, weights; (4) any number of batch axes;
@@ -87,6 +91,7 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         precision=precision,
+        block_sizes=block_sizes,
         return_weights=return_weights,
         return_residuals=return_residuals,
     )
@@ -107,13 +112,14 @@ def explain(
         **call: any further argument of `dot_product_attention`.
 
     Returns:
-        `{name: "ok" or the reason}` for every name in `IMPLEMENTATIONS`, in order of preference.
+        `{name: "ok" or the reason}` for every name in `IMPLEMENTATIONS`; to the "ok" of the one
+        that `implementation=None` chooses, the rule is added.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax_mha
         >>> x = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.float32)
-        >>> flax_mha.explain(x, x, x, is_causal=True)
-        {'reference': 'ok'}
+        >>> flax_mha.explain(x, x, x, return_weights=True)["blockwise"]
+        'it never holds the weights [T, S] that return_weights asks for'
     """
     _known(implementation)
     reasons: dict[str, str] = {}
@@ -123,6 +129,8 @@ def explain(
         inputs, options = _canonical(query, key, value, **arrays, **call)
         for name in IMPLEMENTATIONS:
             reasons[name] = reason(name, inputs, options) or "ok"
+        chosen = choose(None, inputs, options)
+        reasons[chosen] += f", and None chooses it: {RULE}"
 
     jax.eval_shape(trace, query, key, value, arrays)
     return reasons
@@ -134,10 +142,10 @@ def reason(name: str, inputs: Inputs, options: Options) -> str | None:
 
 
 def choose(implementation: str | None, inputs: Inputs, options: Options) -> str:
-    """The named implementation or an error; only None chooses, the first that can."""
+    """The named implementation or an error; only None chooses, by the rule of `_choice`."""
     able = [name for name in IMPLEMENTATIONS if reason(name, inputs, options) is None]
     if implementation is None:
-        return able[0]
+        return preferred(able, inputs)
     _known(implementation)
     if implementation not in able:
         why = reason(implementation, inputs, options)
@@ -171,6 +179,7 @@ def _canonical(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
     precision: Any = None,
+    block_sizes: tuple[int, int] | None = None,
     return_weights: bool = False,
     return_residuals: bool = False,
 ) -> tuple[Inputs, Options]:
@@ -193,6 +202,7 @@ def _canonical(
         scale=1 / math.sqrt(H) if scale is None else float(scale),
         dropout_rate=rate if dropout_key is not None else 0.0,
         precision=precision,
+        block_sizes=None if block_sizes is None else _checks.block_sizes(block_sizes),
         return_weights=_checks.boolean("return_weights", return_weights),
         return_residuals=_checks.boolean("return_residuals", return_residuals),
     )

@@ -10,8 +10,8 @@ from flax_mha.attention._contract import Inputs, Options, Output, Residuals
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
-    """The reference serves every call."""
-    return None
+    """The reference serves every call; it has no blocks whose size could be chosen."""
+    return None if options.block_sizes is None else "it has no blocks, so block_sizes must be None"
 
 
 def attend(inputs: Inputs, options: Options) -> Output:
