@@ -36,7 +36,9 @@ LAYERS = [
     ["_layer"],
     ["functional"],
     ["losses", "updates"],
+    ["interop._layout"],
     ["linen"],
+    ["interop.__init__"],
     ["__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,1 @@
+"""Other frameworks: their weights, their functions, one file each."""
