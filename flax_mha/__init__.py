@@ -19,6 +19,7 @@ from flax_mha.losses import regularization_loss as regularization_loss
 from flax_mha.masks import Mask as Mask
 from flax_mha.params import init_params as init_params
 from flax_mha.params import param_shapes as param_shapes
+from flax_mha.scores import attention_scores as attention_scores
 from flax_mha.updates import apply_constraints as apply_constraints
 from flax_mha.updates import constrain as constrain
 

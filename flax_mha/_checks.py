@@ -152,6 +152,27 @@ def integer_ids(name: str, value: Any) -> Array:
     return jnp.asarray(value)
 
 
+def positions(name: str, value: Any) -> Array:
+    """Integers `[R]`."""
+    rule = f"`{name}` must be integers [R], each in [0, T)."
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        fail(TypeError, rule, f"{name} of dtype {value.dtype}")
+    if value.ndim != 1:
+        fail(ValueError, rule, f"{name} of shape {value.shape}")
+    return value
+
+
+def rows_within(name: str, rows: Array, length: int) -> None:
+    """Every row in [0, length), where the values can be seen."""
+    if isinstance(rows, jax.core.Tracer):
+        return
+    outside = [int(row) for row in np.asarray(rows) if not 0 <= row < length]
+    if outside:
+        rule = f"`{name}` must be integers [R], each in [0, T) = [0, {length})."
+        fail(ValueError, rule, f"{outside[:5]}", "Count from the front: T - 1 is the last row.")
+
+
 def broadcastable(
     name: str, aligned: Shape, full: Shape, letters: str, remedy: str = "", *, received: Any = None
 ) -> None:

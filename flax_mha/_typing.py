@@ -4,7 +4,7 @@
     N query heads   K key/value heads   G = N // K                  H key_dim   V value_dim
     D query features   C key features   M value features            E output features
     t, s tiles of T, S   I, J numbers of query/key blocks           P devices on the ring
-    1 broadcast axis
+    R chosen queries   1 broadcast axis
 
 After validation an array's name ends in its letters (`logits_BNTS`), and an einsum string spells
 them. T and S are different letters even in self-attention.

@@ -6,7 +6,8 @@ query, key, value -> projections -> attention -> (gate) -> output projection
 from typing import Any
 
 from flax_mha import _checks
-from flax_mha._layer import Activations, Flags, Restrictions, layer
+from flax_mha._call import Restrictions
+from flax_mha._layer import Activations, Flags, layer
 from flax_mha._typing import Array, ParamsLike, PRNGKey
 from flax_mha.config import MultiHeadAttentionConfig
 
@@ -139,6 +140,18 @@ def _run(
     flags: Flags,
 ) -> Activations:
     """What must be checked of values, before tracing hides them; then the compiled layer."""
+    restrictions = checked_restrictions(arrays, config, restrictions)
+    if dropout_key is not None:
+        _checks.prng_key("dropout_key", dropout_key)
+    for name, flag in flags._asdict().items():
+        _checks.boolean(name, flag)
+    return layer(params, arrays, restrictions, dropout_key, config=config, flags=flags)
+
+
+def checked_restrictions(
+    arrays: tuple[Array, Array, Array], config: MultiHeadAttentionConfig, restrictions: Restrictions
+) -> Restrictions:
+    """Checks the types of what every call takes; the masks come back as booleans."""
     if not isinstance(config, MultiHeadAttentionConfig):
         rule = "`config` must be a MultiHeadAttentionConfig."
         _checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
@@ -146,12 +159,8 @@ def _run(
         ("query", "value", "key"), arrays, ("[..., T, D]", "[..., S, M]", "[..., S, C]")
     ):
         _checks.floating_array(name, array, letters)
-    if dropout_key is not None:
-        _checks.prng_key("dropout_key", dropout_key)
-    for name, flag in flags._asdict().items():
-        _checks.boolean(name, flag)
     _checks.x64_enabled("dtype", config.dtype)
-    return layer(params, arrays, _booleans(restrictions), dropout_key, config=config, flags=flags)
+    return _booleans(restrictions)
 
 
 def _booleans(restrictions: Restrictions) -> Restrictions:

@@ -107,7 +107,7 @@ class Mask:
 
     def as_array(self, T: int, S: int) -> Array:
         """The mask as booleans `[b, n, T, S]`, where b and n are 1 or full."""
-        parts = [_band(self, T, S), *self.dense_masks]
+        parts = [_band(self, jnp.arange(T, dtype="int32"), S), *self.dense_masks]
         if self.query_padding is not None:
             parts.append(self.query_padding[:, None, :, None])
         if self.key_padding is not None:
@@ -115,6 +115,20 @@ class Mask:
         parts += [_same_segment(*ids)[:, None] for ids in self.segment_ids]
         allowed = functools.reduce(jnp.logical_and, parts)
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
+
+    def take_queries(self, rows: Array, S: int) -> Mask:
+        """The mask of the queries at the positions `rows` [R] alone; makes R x S booleans."""
+        take = lambda x, axis: x if x.shape[axis] == 1 else jnp.take(x, rows, axis)  # noqa: E731
+        band = _band(self, rows.astype("int32"), S)
+        padding = self.query_padding
+        return dataclasses.replace(
+            self,
+            band=(None, None),
+            query_offset=None,
+            query_padding=None if padding is None else jnp.take(padding, rows, 1),
+            segment_ids=tuple((jnp.take(q, rows, 1), k) for q, k in self.segment_ids),
+            dense_masks=(band, *(take(dense, 2) for dense in self.dense_masks)),
+        )
 
     def check(self, B: int, N: int, T: int, S: int) -> None:
         """Refuses arrays that do not fit `[B, N, T, S]`."""
@@ -165,9 +179,10 @@ def _common_offset(a: Mask, b: Mask) -> Array | None:
     return offsets[0] if offsets else None
 
 
-def _band(mask: Mask, T: int, S: int) -> Array:
+def _band(mask: Mask, query_T: Array, S: int) -> Array:
+    """The band's part `[b, 1, T, S]` for queries at these positions."""
     left, right = mask.band
-    position_bT = jnp.arange(T, dtype="int32")[None]
+    position_bT = query_T[None]
     if mask.query_offset is not None:
         position_bT += jnp.reshape(mask.query_offset, (-1, 1)).astype("int32")
     distance_bTS = jnp.arange(S, dtype="int32")[None, None] - position_bT[..., None]

@@ -1,0 +1,99 @@
+"""Attention scores of chosen queries, without the matrix of all."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha import _checks
+from flax_mha._call import Restrictions, prepare
+from flax_mha._folding import Folding
+from flax_mha._typing import Array, ParamsLike
+from flax_mha.attention import dot_product_attention
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.functional import checked_restrictions
+
+
+def attention_scores(
+    params: ParamsLike,
+    query: Array,
+    value: Array,
+    key: Array | None = None,
+    *,
+    config: MultiHeadAttentionConfig,
+    query_rows: Array,
+    use_causal_mask: bool = False,
+    **restrictions: Any,
+) -> Array:
+    """The rows `query_rows` of what `return_attention_scores=True` would return.
+
+    Args:
+        params: as in `multi_head_attention`, and so are all others.
+        query: `[B, T, D]`.
+        value: `[B, S, M]`; read only where `key` is None.
+        key: `[B, S, C]`; None = value.
+        config: the layer's static description; its `implementation` is not used.
+        query_rows: integers `[R]`, each in [0, T): positions in raster order of the attended axes.
+        use_causal_mask: no key after the query, which keeps its own position.
+        **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids.
+
+    Returns:
+        The weights before dropout, `[*batch, N, R, *S axes]`. A row that under `jax.jit` turns out
+        to be outside [0, T) is NaN.
+
+    Raises:
+        ValueError: a row outside [0, T); otherwise as `multi_head_attention`.
+        TypeError: rows that are no integers.
+
+    Memory: O(B N R S) and the projections; the `[T, S]` matrix never exists.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=16)
+        >>> x = jax.random.normal(jax.random.key(0), (1, 100, 32))
+        >>> params = flax_mha.init_params(jax.random.key(1), config, x.shape)
+        >>> rows = jnp.array([3, 99])
+        >>> flax_mha.attention_scores(params, x, x, config=config, query_rows=rows).shape
+        (1, 2, 2, 100)
+    """
+    arrays = (query, value, value if key is None else key)
+    checked = checked_restrictions(arrays, config, Restrictions(**restrictions))
+    _checks.boolean("use_causal_mask", use_causal_mask)
+    rows = _checks.positions("query_rows", query_rows)
+    _checks.rows_within("query_rows", rows, _length(query, config))
+    return _scores(params, arrays, checked, rows, config=config, use_causal_mask=use_causal_mask)
+
+
+def _length(query: Array, config: MultiHeadAttentionConfig) -> int:
+    return Folding.of(query.shape, query.shape, config.attention_axes).T
+
+
+@functools.partial(jax.jit, static_argnames=("config", "use_causal_mask"))
+def _scores(
+    params: ParamsLike,
+    arrays: tuple[Array, Array, Array],
+    restrictions: Restrictions,
+    rows: Array,
+    *,
+    config: MultiHeadAttentionConfig,
+    use_causal_mask: bool,
+) -> Array:
+    call = prepare(params, arrays, restrictions, config, use_causal_mask)
+    folding = call.folding
+    query_BRNH = call.project("BRD,DNH->BRNH", call.query_BTD[:, rows], params["query"])
+    key_BSKH = call.project("BSC,CKH->BSKH", call.key_BSC, params["key"])
+    bias = call.bias_bnts
+    _, weights_BNRS = dot_product_attention(
+        query_BRNH,
+        key_BSKH,
+        key_BSKH,  # the context is not wanted, so any values do
+        mask=call.mask.take_queries(rows, folding.S),
+        bias=bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows],
+        precision=config.precision,
+        implementation="reference",
+        return_weights=True,
+    )
+    inside_R1 = ((rows >= 0) & (rows < folding.T))[:, None]
+    weights_BNRS = jnp.where(inside_R1[None, None], weights_BNRS, jnp.nan)
+    return weights_BNRS.reshape(*folding.batch, -1, len(rows), *folding.sources)
