@@ -1,6 +1,7 @@
-"""Keras's MultiHeadAttention for JAX and Flax: a pure function and a thin linen module.
+"""Keras's MultiHeadAttention for JAX and Flax: a pure function and two thin modules.
 
-Start with `MultiHeadAttention` (flax.linen), or with `MultiHeadAttentionConfig`, `init_params` and
+Start with `MultiHeadAttention` (flax.linen), with `flax_mha.nnx.MultiHeadAttention` (flax.nnx; this
+submodule is imported by name), or with `MultiHeadAttentionConfig`, `init_params` and
 `multi_head_attention` (pure functions). `explain` says which implementation serves a call.
 """
 
@@ -9,7 +10,11 @@ from importlib.metadata import version
 from flax_mha.attention import IMPLEMENTATIONS as IMPLEMENTATIONS
 from flax_mha.attention import dot_product_attention as dot_product_attention
 from flax_mha.attention import explain as explain
+from flax_mha.caches import CrossCache as CrossCache
+from flax_mha.caches import KVCache as KVCache
 from flax_mha.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig
+from flax_mha.decoding import init_cache as init_cache
+from flax_mha.decoding import init_cross_cache as init_cross_cache
 from flax_mha.functional import Activations as Activations
 from flax_mha.functional import forward as forward
 from flax_mha.functional import multi_head_attention as multi_head_attention

@@ -1,7 +1,7 @@
 """One call of the layer, checked and folded to canonical rank: what stands before the equation."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from flax_mha import _checks
 from flax_mha._dtypes import promoted
 from flax_mha._folding import Folding
-from flax_mha._typing import Array, DType, ParamsLike
+from flax_mha._placement import folded_pair, positions_of
+from flax_mha._typing import Array, DType, ParamsLike, Shape
+from flax_mha.caches import CrossCache, KVCache, check_cache
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.masks import Mask
 from flax_mha.params import check_params
 
+Arrays: TypeAlias = tuple[Any, Any, Any]  # query, value, key
+
 
 class Restrictions(NamedTuple):
-    """What says which query may attend to which key, as the caller gave it; `bias` included."""
+    """What says who may attend to whom, and who stands where, as the caller gave it."""
 
     query_mask: Any = None
     value_mask: Any = None
@@ -24,6 +28,7 @@ class Restrictions(NamedTuple):
     attention_mask: Any = None
     bias: Any = None
     segment_ids: Any = None
+    positions: Any = None
 
 
 class Call(NamedTuple):
@@ -31,35 +36,59 @@ class Call(NamedTuple):
 
     folding: Folding
     query_BTD: Array
-    key_BSC: Array
-    value_BSM: Array
+    key_BSC: Array | None
+    value_BSM: Array | None
     mask: Mask
     bias_bnts: Array | None
+    query_position_bT: Array | None
+    key_position_bS: Array | None
     project: Any
 
 
 def prepare(
     params: ParamsLike,
-    arrays: tuple[Array, Array, Array],
+    arrays: Arrays,
     restrictions: Restrictions,
     config: MultiHeadAttentionConfig,
     use_causal_mask: bool,
+    cache: KVCache | CrossCache | None = None,
 ) -> Call:
-    """Checks shapes and parameters, folds everything, joins the masks."""
+    """Checks shapes and parameters, folds everything, joins the masks.
+
+    Positions count on from the length of a `KVCache`; a `CrossCache` stands in for value and key.
+    """
     query, value, key = arrays
-    _checks.layer_inputs(query.shape, value.shape, key.shape)
-    check_params(params, config, query.shape, value.shape, key.shape)
-    folding = Folding.of(query.shape, value.shape, config.attention_axes)
+    value_shape, key_shape = _source_shapes(params, arrays, cache)
+    _checks.layer_inputs(query.shape, value_shape, key_shape)
+    check_params(params, config, query.shape, value_shape, key_shape)
+    folding = Folding.of(query.shape, value_shape, config.attention_axes)
     mask = _mask(restrictions, folding, config, use_causal_mask)
+    length_B = cache.length.reshape(-1) if isinstance(cache, KVCache) else None
+    given = restrictions.positions, restrictions.segment_ids
+    positions = positions_of(*given, folding, config, length_B)
+    dtype = _compute_dtype(params, arrays, config)
+    if cache is not None:
+        check_cache(cache, folding, config, dtype)
     project = functools.partial(
         _project,
-        dtype=_compute_dtype(params, arrays, config),
+        dtype=dtype,
         precision=config.precision,
         isolate=mask.removes_positions,
     )
-    query_BTD, key_BSC, value_BSM = (folding.fold(x) for x in (query, key, value))
+    fold = lambda x: None if x is None else folding.fold(x)  # noqa: E731
     bias_bnts = _bias(restrictions.bias, folding, config)
-    return Call(folding, query_BTD, key_BSC, value_BSM, mask, bias_bnts, project)
+    folded = (folding.fold(query), fold(key), fold(value))
+    return Call(folding, *folded, mask, bias_bnts, *positions, project)
+
+
+def _source_shapes(params: ParamsLike, arrays: Arrays, cache: Any) -> tuple[Shape, Shape]:
+    """The shapes of value and key; of a `CrossCache`, those that were projected into it."""
+    query, value, key = arrays
+    if not isinstance(cache, CrossCache):
+        return value.shape, key.shape
+    leading = (*query.shape[:-2], cache.key.shape[-2])
+    M, C = (params[name]["kernel"].shape[0] for name in ("value", "key"))
+    return (*leading, M), (*leading, C)
 
 
 def _project(
@@ -101,27 +130,12 @@ def _mask(
         N = config.num_heads
         mask &= Mask.dense(folding.fold_scores("attention_mask", restrictions.attention_mask, N))
     if restrictions.segment_ids is not None:
-        mask &= _segments(restrictions.segment_ids, folding)
+        mask &= Mask.segments(*folded_pair("segment_ids", restrictions.segment_ids, folding))
     if causal:
         mask &= Mask.causal()
     if config.sliding_window is not None:
         mask &= Mask.window(config.sliding_window - 1, config.sliding_window - 1)
     return mask
-
-
-def _segments(segment_ids: Any, folding: Folding) -> Mask:
-    """One array for self-attention, or a pair of the queries' and the keys' ids."""
-    if _checks.is_array(segment_ids):
-        if folding.targets != folding.sources:
-            rule = "`segment_ids` must be a pair (query ids [B, T], key ids [B, S]) where T != S."
-            evidence = f"one array, T={folding.targets}, S={folding.sources}"
-            _checks.fail(ValueError, rule, evidence)
-        segment_ids = (segment_ids, segment_ids)
-    query_ids, key_ids = (_checks.integer_ids("segment_ids", ids) for ids in segment_ids)
-    return Mask.segments(
-        folding.fold_padding("segment_ids", query_ids, folding.targets, "T"),
-        folding.fold_padding("segment_ids", key_ids, folding.sources, "S"),
-    )
 
 
 def _bias(bias: Array | None, folding: Folding, config: MultiHeadAttentionConfig) -> Array | None:

@@ -2,8 +2,9 @@
 
 import difflib
 import math
+import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -47,6 +48,21 @@ def rate(name: str, value: Any) -> float:
     if not 0.0 <= value <= 1.0:
         fail(ValueError, rule, f"{name}={value!r}")
     return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above 0, as a Python float: it is static."""
+    rule = f"`{name}` must be a finite number > 0."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+    if not 0 < float(value) < math.inf:
+        fail(ValueError, rule, f"{name}={value!r}")
+    return float(value)
+
+
+def instance(name: str, value: Any, cls: type) -> None:
+    if not isinstance(value, cls):
+        fail(TypeError, f"`{name}` must be a {cls.__name__}.", f"{type(value).__name__}")
 
 
 def one_of(name: str, value: Any, valid: Iterable[Any]) -> Any:
@@ -198,6 +214,13 @@ def prng_key(name: str, value: Any) -> None:
         fail(ValueError, rule, f"{name} of shape {tuple(value.shape)}", remedy)
 
 
+def no_dropout_stream(rate: float, remedy: str) -> NoReturn:
+    """Refuses training with dropout where the module was given nothing to draw from."""
+    rule = "`training=True` with dropout > 0 needs a PRNG key."
+    evidence = f"dropout={rate}, no 'dropout' rng stream"
+    fail(ValueError, rule, evidence, f"Pass `{remedy}`, or set `seed`.")
+
+
 # --- dot_product_attention: arrays by their letters ---------------------------------------------
 
 
@@ -254,44 +277,3 @@ def layer_inputs(query: Shape, value: Shape, key: Shape) -> None:
         rule = "value [..., S, M] and key [..., S, C] must agree in all axes but the last."
         remedy = "The order of arguments is query, value, key, as in Keras."
         fail(ValueError, rule, shapes, remedy)
-
-
-# --- parameters ---------------------------------------------------------------------------------
-
-
-def params_tree(params: Any, expected: Mapping[str, Mapping[str, Any]], letters: Any) -> None:
-    """The tree has the expected names, and every array the expected shape."""
-    if not isinstance(params, Mapping):
-        remedy = "Pass what `init_params` returns, or `variables['params']` of the linen module."
-        fail(TypeError, "`params` must be a mapping.", f"{type(params).__name__}", remedy)
-    _same_names("params", params, expected)
-    for name, leaves in expected.items():
-        _same_names(f"params[{name!r}]", params[name], leaves)
-        for leaf, struct in leaves.items():
-            _param_shape(name, leaf, params[name][leaf], struct, letters[name][leaf])
-
-
-def initial_values(values: Any, struct: Any) -> None:
-    """What a caller's own initializer returned is the array that it was asked for."""
-    if not is_array(values) or (values.shape, values.dtype) != (struct.shape, struct.dtype):
-        rule = f"An initializer must return an array of shape {struct.shape} and {struct.dtype}."
-        what = f"{type(values).__name__} {getattr(values, 'shape', '')}".strip()
-        remedy = "JAX's factories are called first: `jax.nn.initializers.glorot_uniform()`."
-        fail(TypeError, rule, what, remedy)
-
-
-def _same_names(where: str, received: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    if set(received) != set(expected):
-        remedy = (
-            "`use_bias`, `use_gate` of the config and the parameters must agree; a whole "
-            "model's variables hold this layer's under its name."
-        )
-        fail(ValueError, f"`{where}` must hold {sorted(expected)}.", f"{sorted(received)}", remedy)
-
-
-def _param_shape(name: str, leaf: str, array: Any, struct: Any, letters: str) -> None:
-    if tuple(array.shape) != tuple(struct.shape):
-        rule = f"params[{name!r}][{leaf!r}] must be [{', '.join(letters)}] = {struct.shape}"
-        remedy = "" if math.prod(array.shape) != math.prod(struct.shape) else "Is it transposed?"
-        rule += " for this config and these inputs."
-        fail(ValueError, rule, f"shape {tuple(array.shape)}", remedy)

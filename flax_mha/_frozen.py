@@ -31,7 +31,7 @@ class Frozen(ABC):
                 object.__setattr__(self, field.name, rule(name, getattr(self, field.name)))
 
     @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the object computes, of arrays."""
 
 

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_mha._call import Restrictions, as_rank, prepare
+from flax_mha._call import Arrays, Call, Restrictions, as_rank, prepare
 from flax_mha._folding import Folding
+from flax_mha._heads import key_heads, query_heads, value_heads
+from flax_mha._placement import distance_bias
 from flax_mha._typing import Array, ParamsLike, PRNGKey, Shape
 from flax_mha.attention import dot_product_attention
+from flax_mha.caches import CrossCache, KVCache, News, View, extend, misplaced, view_of_source
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.masks import Mask
 
@@ -36,30 +39,34 @@ class Activations(NamedTuple):
     gate: Array | None  # [..., N, V]
     output: Array  # [..., *E]
     attention_scores: Array | None  # [*batch, N, *T axes, *S axes]
+    cache: KVCache | CrossCache | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "flags"))
 def layer(
     params: ParamsLike,
-    arrays: tuple[Array, Array, Array],
+    arrays: Arrays,
     restrictions: Restrictions,
     dropout_key: PRNGKey | None,
+    cache: KVCache | CrossCache | None = None,
     *,
     config: MultiHeadAttentionConfig,
     flags: Flags,
 ) -> Activations:
     """query, key, value -> projections -> attention -> (gate) -> output projection."""
-    call = prepare(params, arrays, restrictions, config, flags.use_causal_mask)
-    project, folding, mask = call.project, call.folding, call.mask
-    query_BTNH = project("BTD,DNH->BTNH", call.query_BTD, params["query"])
-    key_BSKH = project("BSC,CKH->BSKH", call.key_BSC, params["key"])
-    value_BSKV = project("BSM,MKV->BSKV", call.value_BSM, params["value"])
+    call = prepare(params, arrays, restrictions, config, flags.use_causal_mask, cache)
+    project, folding = call.project, call.folding
+    query_BTNH = query_heads(params, call, config)
+    view, new_cache = _view(params, call, config, flags, cache)
     attended = dot_product_attention(
         query_BTNH,
-        key_BSKH,
-        value_BSKV,
-        mask=mask,
-        bias=call.bias_bnts,
+        view.key_BSKH,
+        view.value_BSKV,
+        mask=view.mask,
+        bias=view.bias_bnts,
+        distance_bias=view.distance_bias,
+        sinks=params["sinks"]["logits"] if "sinks" in params else None,
+        soft_cap=config.soft_cap,
         dropout_rate=config.dropout,
         dropout_key=dropout_key,
         precision=config.precision,
@@ -70,19 +77,53 @@ def layer(
     gate_BTNV = None
     if config.use_gate:
         gate_BTNV = jax.nn.sigmoid(project("BTD,DNV->BTNV", call.query_BTD, params["gate"]))
-        context_BTNV *= _of_real_queries(gate_BTNV, mask)
+        context_BTNV *= _of_real_queries(gate_BTNV, call.mask)
     output_BTE = project("BTNV,NVE->BTE", context_BTNV, _flat_output(params["attention_output"]))
-
+    if isinstance(cache, KVCache):
+        wrong_BT = misplaced(call.mask.key_padding, cache, folding.T)
+        output_BTE = jnp.where(wrong_BT[..., None], jnp.nan, output_BTE)
     output_shape = params["attention_output"]["kernel"].shape[2:]
     unfold = functools.partial(_unfold, folding, flags)
     return Activations(
         query=unfold(query_BTNH, folding.targets),
-        key=unfold(key_BSKH, folding.sources),
-        value=unfold(value_BSKV, folding.sources),
+        key=unfold(view.key_BSKH, folding.sources),
+        value=unfold(view.value_BSKV, folding.sources),
         gate=unfold(gate_BTNV, folding.targets),
         output=folding.unfold(output_BTE, folding.targets, output_shape),
-        attention_scores=None if weights_BNTS is None else folding.unfold_scores(weights_BNTS),
+        attention_scores=None if weights_BNTS is None else _unfold_scores(folding, weights_BNTS),
+        cache=new_cache,
     )
+
+
+def _view(
+    params: ParamsLike, call: Call, config: MultiHeadAttentionConfig, flags: Flags, cache: Any
+) -> tuple[View, Any]:
+    """What the queries may see: this call's keys, a cache that grows by them, or an encoder's."""
+    if isinstance(cache, CrossCache):
+        view, S = view_of_source(cache, call.mask, call.bias_bnts), cache.key.shape[-2]
+        return view._replace(distance_bias=distance_bias(params, config, call.folding.T, S)), cache
+    key_BSKH, value_BSKV = key_heads(params, call, config), value_heads(params, call)
+    T, S = call.folding.T, call.folding.S
+    if cache is None:
+        bias = distance_bias(params, config, T, S)
+        return View(key_BSKH, value_BSKV, call.mask, call.bias_bnts, bias), None
+    real_BT = call.mask.key_padding
+    count_B = (
+        jnp.full(call.folding.B, T, "int32") if real_BT is None else real_BT.sum(1, dtype="int32")
+    )
+    news = News(key_BSKH, value_BSKV, count_B, flags.use_causal_mask, config.sliding_window)
+    bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
+    cache, view = extend(cache, news, bias)
+    return view, cache
+
+
+def _unfold_scores(folding: Folding, weights_BNTS: Array | None) -> Array | None:
+    """Keras's order; over a cache's slots the keys are one axis."""
+    if weights_BNTS is None:
+        return None
+    if weights_BNTS.shape[-1] == folding.S:
+        return folding.unfold_scores(weights_BNTS)
+    return weights_BNTS.reshape(*folding.batch, *weights_BNTS.shape[1:])
 
 
 def _of_real_queries(gate_BTNV: Array, mask: Mask) -> Array:

@@ -4,7 +4,7 @@
     N query heads   K key/value heads   G = N // K                  H key_dim   V value_dim
     D query features   C key features   M value features            E output features
     t, s tiles of T, S   I, J numbers of query/key blocks           P devices on the ring
-    R chosen queries   1 broadcast axis
+    R chosen queries   X buckets of distances   1 broadcast axis
 
 After validation an array's name ends in its letters (`logits_BNTS`), and an einsum string spells
 them. T and S are different letters even in self-attention.
@@ -45,6 +45,10 @@ class Params(TypedDict):
     value: Projection  # MKV, KV
     gate: NotRequired[Projection]  # DNV, NV
     attention_output: Projection  # NVE, E
+    query_norm: NotRequired[Any]  # {"scale": H}
+    key_norm: NotRequired[Any]  # {"scale": H}
+    relative_bias: NotRequired[Any]  # {"embedding": XN}
+    sinks: NotRequired[Any]  # {"logits": N}
 
 
 # What functions take: any mapping of that form, a FrozenDict or a dict of ShapeDtypeStructs too.

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from flax_mha import _checks, _identifiers
+from flax_mha import _checks, _identifiers, positions
 from flax_mha._typing import HeadDims
 from flax_mha.attention import IMPLEMENTATIONS
 
@@ -43,6 +43,11 @@ class MultiHeadAttentionConfig:
         use_gate: whether the context is multiplied by sigmoid(query . gate).
         seed: the dropout seed used by the module where no "dropout" stream is given.
         num_kv_heads: K, heads of key and value, a divisor of N; None = N.
+        position: None, "rotary", "alibi", "relative_bias", or an object of `flax_mha.positions`.
+        qk_norm: None; "rms", each head of query and key divided by its root mean square, times a
+            learned scale `[H]`; or "l2", the same without scale: logits = sqrt(H) cos(query, key).
+        soft_cap: logits q k / sqrt(H) become soft_cap * tanh(logits / soft_cap); None = as are.
+        use_sinks: whether each head has a learned logit that attends to nothing.
         dtype: the compute dtype; None = that of inputs and parameters, promoted.
         param_dtype: the dtype of the parameters.
         precision: of every product: None, a name such as "highest", or a `jax.lax.Precision`.
@@ -83,6 +88,10 @@ class MultiHeadAttentionConfig:
     seed: int | None = None
     _: dataclasses.KW_ONLY
     num_kv_heads: int | None = None
+    position: Any = None
+    qk_norm: str | None = None
+    soft_cap: float | None = None
+    use_sinks: bool = False
     dtype: Any = None
     param_dtype: Any = "float32"
     precision: Any = None
@@ -195,6 +204,10 @@ _FIELD_CHECKS: dict[str, Any] = {
     "use_gate": _checks.boolean,
     "seed": _optional(_checks.integer),
     "num_kv_heads": _optional(_size),
+    "position": positions.resolve,
+    "qk_norm": _optional(lambda name, value: _checks.one_of(name, value, ("rms", "l2"))),
+    "soft_cap": _optional(_checks.positive),
+    "use_sinks": _checks.boolean,
     "dtype": _optional(_checks.floating_dtype),
     "param_dtype": _checks.floating_dtype,
     "precision": _optional(_precision),
@@ -205,6 +218,8 @@ _FIELD_CHECKS: dict[str, Any] = {
 def _plain(name: str, value: Any) -> Any:
     if name.endswith(("initializer", "regularizer", "constraint")):
         return _identifiers.serialize(value)
+    if name == "position":
+        return positions.serialize(value)
     if isinstance(value, jax.lax.Precision):
         return value.name.lower()
     return list(value) if isinstance(value, tuple) else value

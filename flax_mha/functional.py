@@ -6,16 +6,18 @@ query, key, value -> projections -> attention -> (gate) -> output projection
 from typing import Any
 
 from flax_mha import _checks
-from flax_mha._call import Restrictions
+from flax_mha._cached_call import check_cached_call
+from flax_mha._call import Arrays, Restrictions
 from flax_mha._layer import Activations, Flags, layer
 from flax_mha._typing import Array, ParamsLike, PRNGKey
+from flax_mha.caches import CrossCache, KVCache
 from flax_mha.config import MultiHeadAttentionConfig
 
 
 def multi_head_attention(
     params: ParamsLike,
     query: Array,
-    value: Array,
+    value: Array | None,
     key: Array | None = None,
     *,
     config: MultiHeadAttentionConfig,
@@ -28,6 +30,8 @@ def multi_head_attention(
     dropout_key: PRNGKey | None = None,
     bias: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
+    positions: Array | tuple[Array, Array] | None = None,
+    cache: KVCache | CrossCache | None = None,
 ) -> Any:
     """Keras's MultiHeadAttention as a pure function of explicit parameters.
 
@@ -40,7 +44,7 @@ def multi_head_attention(
         params: what `init_params` returns, or `variables["params"]` of the linen module.
         query: `[B, T, D]`; or `[T, D]`, one sequence without a batch; or any rank with
             `attention_axes`.
-        value: `[B, S, M]`, of the query's rank.
+        value: `[B, S, M]`, of the query's rank; None with a `CrossCache`.
         key: `[B, S, C]`; None = value.
         config: the layer's static description.
         query_mask: booleans `[B, T]`, True = a real query.
@@ -53,9 +57,15 @@ def multi_head_attention(
         dropout_key: one PRNG key; None = no dropout.
         bias: floats shaped as an `attention_mask` may be, added to the logits.
         segment_ids: integers `[B, T]`, or a pair `([B, T], [B, S])`: attention within equal ids.
+            Rotary positions begin anew in each segment.
+        positions: integers `[B, T]`, or a pair `([B, T], [B, S])`, for rotary embedding; None =
+            0, 1, 2, ..., from the cache's length on where there is one.
+        cache: a `KVCache`, which takes in the T new tokens: `use_causal_mask` counts from its
+            length, and `value_mask` marks the real ones (right padding). Or a `CrossCache`.
 
     Returns:
-        The output `[B, T, *E]`, or `(output, attention_scores [B, N, T, S])`.
+        The output `[B, T, *E]`, then the attention_scores `[B, N, T, S]` if asked for (with a
+        `KVCache`, over the keys that it shows), then the new cache if one was given.
 
     Raises:
         ValueError: a shape that does not fit, with the expected letters and the received shape.
@@ -78,25 +88,33 @@ def multi_head_attention(
         >>> flax_mha.multi_head_attention(params, x, x, config=config, use_causal_mask=True).shape
         (4, 8, 32)
     """
-    restrictions = Restrictions(query_mask, value_mask, key_mask, attention_mask, bias, segment_ids)
+    restrictions = Restrictions(
+        query_mask, value_mask, key_mask, attention_mask, bias, segment_ids, positions
+    )
     flags = Flags(use_causal_mask, return_attention_scores, return_projections=False)
     arrays = (query, value, value if key is None else key)
-    activations = _run(params, arrays, restrictions, dropout_key, config, flags)
-    if return_attention_scores:
-        return activations.output, activations.attention_scores
-    return activations.output
+    activations = _run(params, arrays, restrictions, dropout_key, cache, config, flags)
+    return results(activations, return_attention_scores)
+
+
+def results(activations: Activations, return_attention_scores: bool) -> Any:
+    """The output alone, or a tuple with what else was asked for: scores, then the cache."""
+    scores = activations.attention_scores if return_attention_scores else None
+    extras = [x for x in (scores, activations.cache) if x is not None]
+    return (activations.output, *extras) if extras else activations.output
 
 
 def forward(
     params: ParamsLike,
     query: Array,
-    value: Array,
+    value: Array | None,
     key: Array | None = None,
     *,
     config: MultiHeadAttentionConfig,
     use_causal_mask: bool = False,
     return_attention_scores: bool = False,
     dropout_key: PRNGKey | None = None,
+    cache: KVCache | CrossCache | None = None,
     **restrictions: Any,
 ) -> Activations:
     """`multi_head_attention` with everything it computed: what `activity_loss` needs.
@@ -110,10 +128,12 @@ def forward(
         use_causal_mask: no key after the query.
         return_attention_scores: fill `attention_scores`.
         dropout_key: one PRNG key; None = no dropout.
-        **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids.
+        cache: a `KVCache` or a `CrossCache`; with one, the projections are None.
+        **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids,
+            positions.
 
     Returns:
-        `Activations(query, key, value, gate, output, attention_scores)`.
+        `Activations(query, key, value, gate, output, attention_scores, cache)`.
 
     Raises:
         As `multi_head_attention`.
@@ -126,39 +146,46 @@ def forward(
         >>> flax_mha.forward(params, x, x, config=config).query.shape
         (4, 8, 2, 16)
     """
-    flags = Flags(use_causal_mask, return_attention_scores, return_projections=True)
+    flags = Flags(use_causal_mask, return_attention_scores, return_projections=cache is None)
     arrays = (query, value, value if key is None else key)
-    return _run(params, arrays, Restrictions(**restrictions), dropout_key, config, flags)
+    return _run(params, arrays, Restrictions(**restrictions), dropout_key, cache, config, flags)
 
 
 def _run(
     params: ParamsLike,
-    arrays: tuple[Array, Array, Array],
+    arrays: Arrays,
     restrictions: Restrictions,
     dropout_key: PRNGKey | None,
+    cache: KVCache | CrossCache | None,
     config: MultiHeadAttentionConfig,
     flags: Flags,
 ) -> Activations:
     """What must be checked of values, before tracing hides them; then the compiled layer."""
-    restrictions = checked_restrictions(arrays, config, restrictions)
+    check_arrays(arrays[:1] if isinstance(cache, CrossCache) else arrays)
+    restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:
         _checks.prng_key("dropout_key", dropout_key)
     for name, flag in flags._asdict().items():
         _checks.boolean(name, flag)
-    return layer(params, arrays, restrictions, dropout_key, config=config, flags=flags)
+    if cache is not None:
+        check_cached_call(cache, arrays, restrictions, config, flags.use_causal_mask)
+    return layer(params, arrays, restrictions, dropout_key, cache, config=config, flags=flags)
+
+
+def check_arrays(arrays: Any) -> None:
+    """query, value and key, or the query alone, are floating."""
+    letters = ("[..., T, D]", "[..., S, M]", "[..., S, C]")
+    for name, array, axes in zip(("query", "value", "key"), arrays, letters):
+        _checks.floating_array(name, array, axes)
 
 
 def checked_restrictions(
-    arrays: tuple[Array, Array, Array], config: MultiHeadAttentionConfig, restrictions: Restrictions
+    config: MultiHeadAttentionConfig, restrictions: Restrictions
 ) -> Restrictions:
     """Checks the types of what every call takes; the masks come back as booleans."""
     if not isinstance(config, MultiHeadAttentionConfig):
         rule = "`config` must be a MultiHeadAttentionConfig."
         _checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
-    for name, array, letters in zip(
-        ("query", "value", "key"), arrays, ("[..., T, D]", "[..., S, M]", "[..., S, C]")
-    ):
-        _checks.floating_array(name, array, letters)
     _checks.x64_enabled("dtype", config.dtype)
     return _booleans(restrictions)
 

@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from flax_mha import _checks
 from flax_mha._typing import Array, ParamsLike, PRNGKey
+from flax_mha.caches import CrossCache, KVCache
 from flax_mha.config import MultiHeadAttentionConfig, field_names
-from flax_mha.functional import forward
+from flax_mha.functional import forward, results
 from flax_mha.losses import activity_loss, regularization_loss
 from flax_mha.params import init_projection, param_shapes
 
@@ -17,14 +18,12 @@ from flax_mha.params import init_projection, param_shapes
 class MultiHeadAttention(nn.Module):
     """Keras's MultiHeadAttention as a flax.linen module; `variables["params"]` is the params tree.
 
-    The fields are those of `MultiHeadAttentionConfig`, where they are explained.
-
-    `dropout` acts with `training=True`, and draws from the "dropout" rng stream, or from `seed`
-    where that is set and no stream is given (then every call draws the same mask). With
-    regularizers, `mutable=["losses"]` collects "regularization" (once) and "activity" (a call
-    each). `sow_attention_scores=True` with `mutable=["intermediates"]` collects the scores.
-
-    Memory: as `multi_head_attention`.
+    The fields are those of `MultiHeadAttentionConfig`, where they are explained. `dropout` acts
+    with `training=True`, and draws from the "dropout" rng stream, or from `seed` where that is set
+    and no stream is given (then every call draws the same mask). With regularizers,
+    `mutable=["losses"]` collects "regularization" (once) and "activity" (a call each).
+    `sow_attention_scores=True` with `mutable=["intermediates"]` collects the scores. Memory: as
+    `multi_head_attention`.
 
     Differs from Keras: (1) `training=False` is the default; (2) sizes are fixed by the first call.
 
@@ -56,6 +55,10 @@ class MultiHeadAttention(nn.Module):
     use_gate: bool = False
     seed: int | None = None
     num_kv_heads: int | None = None
+    position: Any = None
+    qk_norm: str | None = None
+    soft_cap: float | None = None
+    use_sinks: bool = False
     dtype: Any = None
     param_dtype: Any = "float32"
     precision: Any = None
@@ -63,9 +66,7 @@ class MultiHeadAttention(nn.Module):
     sow_attention_scores: bool = False
 
     @classmethod
-    def from_config(
-        cls, config: MultiHeadAttentionConfig, **module_fields: Any
-    ) -> "MultiHeadAttention":
+    def from_config(cls, config: MultiHeadAttentionConfig, **module_fields: Any) -> Any:
         """A module with the config's fields; `module_fields` are `name`, `parent` and the like."""
         return cls(**{name: getattr(config, name) for name in field_names()}, **module_fields)
 
@@ -78,7 +79,7 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         query: Array,
-        value: Array,
+        value: Array | None,
         key: Array | None = None,
         query_mask: Array | None = None,
         value_mask: Array | None = None,
@@ -90,6 +91,8 @@ class MultiHeadAttention(nn.Module):
         *,
         bias: Array | None = None,
         segment_ids: Array | tuple[Array, Array] | None = None,
+        positions: Array | tuple[Array, Array] | None = None,
+        cache: KVCache | CrossCache | None = None,
     ) -> Any:
         """See `multi_head_attention`; `training=True` turns dropout on."""
         config = self.config
@@ -110,21 +113,21 @@ class MultiHeadAttention(nn.Module):
             attention_mask=attention_mask,
             bias=bias,
             segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
         )
         self._sow_losses(params, activations, config)
         if sow_scores:
             self.sow("intermediates", "attention_scores", activations.attention_scores)
-        if return_attention_scores:
-            return activations.output, activations.attention_scores
-        return activations.output
+        return results(activations, return_attention_scores)
 
-    def _params(self, config: MultiHeadAttentionConfig, *arrays: Array) -> dict[str, Any]:
+    def _params(self, config: MultiHeadAttentionConfig, *arrays: Any) -> Any:
+        if arrays[1] is None:  # a cross cache holds what came of value and key
+            return self.variables.get("params", {})
         for name, array in zip(("query", "value", "key"), arrays):
             _checks.floating_array(name, array, "[..., length, features]")
         shapes: ParamsLike = param_shapes(config, *(array.shape for array in arrays))
-        return {
-            name: self.param(name, init_projection, name, shapes[name], config) for name in shapes
-        }
+        return {n: self.param(n, init_projection, n, shapes[n], config) for n in shapes}
 
     def _dropout_key(self, training: bool) -> PRNGKey | None:
         if not training or self.dropout == 0 or self.is_initializing():
@@ -133,17 +136,15 @@ class MultiHeadAttention(nn.Module):
             return self.make_rng("dropout")
         if self.seed is not None:
             return jax.random.key(self.seed)
-        rule = "`training=True` with dropout > 0 needs a PRNG key."
-        remedy = "Pass `rngs={'dropout': jax.random.key(0)}` to `apply`, or set `seed`."
-        _checks.fail(ValueError, rule, f"dropout={self.dropout}, no 'dropout' rng stream", remedy)
+        _checks.no_dropout_stream(self.dropout, "rngs={'dropout': jax.random.key(0)}` to `apply")
 
     def _sow_losses(self, params: Any, activations: Any, config: MultiHeadAttentionConfig) -> None:
         """Scalars in the "losses" collection; parameters shared by two calls count once."""
-        if self.is_initializing():
+        if self.is_initializing() or not self.is_mutable_collection("losses"):
             return
         if config.kernel_regularizer is not None or config.bias_regularizer is not None:
-            loss = regularization_loss(params, config)
-            self.sow("losses", "regularization", loss, reduce_fn=lambda _, new: new)
+            penalty = regularization_loss(params, config)
+            self.sow("losses", "regularization", penalty, reduce_fn=lambda _, new: new)
         if config.activity_regularizer is not None:
             loss = activity_loss(activations, config)
             self.sow("losses", "activity", loss, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros(()))

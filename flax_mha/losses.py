@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flax_mha import _checks
 from flax_mha._typing import Array, ParamsLike
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.functional import Activations
@@ -29,10 +30,10 @@ def regularization_loss(params: ParamsLike, config: MultiHeadAttentionConfig) ->
     """
     regularizers = {"kernel": config.kernel_regularizer, "bias": config.bias_regularizer}
     return _total(
-        regularizers[leaf](array)
+        regularizer(array)
         for projection in params.values()
         for leaf, array in projection.items()
-        if regularizers[leaf] is not None
+        if (regularizer := regularizers.get(leaf)) is not None
     )
 
 
@@ -60,8 +61,11 @@ def activity_loss(activations: Activations, config: MultiHeadAttentionConfig) ->
     regularizer = config.activity_regularizer
     if regularizer is None:
         return _total([])
+    if activations.query is None:
+        rule = "`activity_loss` needs the projections, which a call with a cache does not return."
+        _checks.fail(ValueError, rule, "activations.query=None", "Train without a cache.")
     arrays: list[Any] = [activations.query, activations.key, activations.gate, activations.value]
-    has_batch = activations.query is not None and activations.query.ndim > 3
+    has_batch = activations.query.ndim > 3
     return _total(
         regularizer(x) / (x.shape[0] if has_batch else 1)
         for x in [*arrays, activations.output]

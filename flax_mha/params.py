@@ -1,15 +1,18 @@
 """One tree, read three ways: shapes, letters, initial values."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
-from flax_mha import _checks
+from flax_mha import _checks, _tree_checks
 from flax_mha._typing import Array, Params, ParamsLike, PRNGKey, Shape
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.initializers import Initializer
+from flax_mha.positions import RelativeBias
 
 # How many leading axes of a kernel are summed over; the others are the outputs.
 INPUT_RANK = {"query": 1, "key": 1, "value": 1, "gate": 1, "attention_output": 2}
@@ -19,7 +22,12 @@ LETTERS = {
     "value": {"kernel": "MKV", "bias": "KV"},
     "gate": {"kernel": "DNV", "bias": "NV"},
     "attention_output": {"kernel": "NVE", "bias": "E"},
+    "query_norm": {"scale": "H"},
+    "key_norm": {"scale": "H"},
+    "relative_bias": {"embedding": "XN"},
+    "sinks": {"logits": "N"},
 }
+_CONSTANTS = {"scale": jnp.ones, "embedding": jnp.zeros, "logits": jnp.zeros}
 
 
 def param_shapes(
@@ -38,7 +46,9 @@ def param_shapes(
 
     Returns:
         `{"query": {"kernel": DNH, "bias": NH}, "key": CKH, "value": MKV, ["gate": DNV,]
-        "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False.
+        "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False. With
+        `qk_norm="rms"` also "query_norm" and "key_norm" `{"scale": H}`; with `RelativeBias`
+        "relative_bias" `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`.
 
     Example:
         >>> from flax_mha import MultiHeadAttentionConfig, param_shapes
@@ -55,7 +65,21 @@ def param_shapes(
         kernels["gate"] = (D, N, V)
     kernels["attention_output"] = (N, V, *(config.output_shape or (D,)))
     shapes = {name: _projection(name, shape, config) for name, shape in kernels.items()}
-    return cast(Params, shapes)
+    return cast(Params, {**shapes, **_extras(config)})
+
+
+def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
+    """What only some layers have: norms, a table of distances, sinks."""
+    N, _, H, _ = config.dims
+    leaf = functools.partial(jax.ShapeDtypeStruct, dtype=config.param_dtype)
+    extras: dict[str, Any] = {}
+    if config.qk_norm == "rms":
+        extras |= {name: {"scale": leaf((H,))} for name in ("query_norm", "key_norm")}
+    if isinstance(config.position, RelativeBias):
+        extras["relative_bias"] = {"embedding": leaf((config.position.num_buckets, N))}
+    if config.use_sinks:
+        extras["sinks"] = {"logits": leaf((N,))}
+    return extras
 
 
 def _projection(name: str, kernel: Shape, config: MultiHeadAttentionConfig) -> Any:
@@ -111,6 +135,10 @@ def init_projection(
     initializers = {"kernel": config.kernel_initializer, "bias": config.bias_initializer}
     name_key = jax.random.fold_in(init_key, list(LETTERS).index(name))
     leaf_keys = dict(zip(("kernel", "bias"), jax.random.split(name_key)))
+    if name not in INPUT_RANK:
+        return {
+            leaf: _CONSTANTS[leaf](struct.shape, struct.dtype) for leaf, struct in shapes.items()
+        }
     return {
         leaf: _draw(initializers[leaf], leaf_keys[leaf], struct, _fans(name, leaf, struct.shape))
         for leaf, struct in shapes.items()
@@ -127,11 +155,11 @@ def _draw(initializer: Callable[..., Array], key: PRNGKey, struct: Any, fans: An
     if isinstance(initializer, Initializer):
         return initializer(key, struct.shape, struct.dtype, fans=fans)
     values = initializer(key, struct.shape, struct.dtype)
-    _checks.initial_values(values, struct)
+    _tree_checks.initial_values(values, struct)
     return values
 
 
 def check_params(params: Any, config: MultiHeadAttentionConfig, *shapes: Shape) -> None:
     """Refuses parameters that do not fit the config and the inputs' shapes, by name and letters."""
     expected = cast(Mapping[str, Any], param_shapes(config, *shapes))
-    _checks.params_tree(params, expected, LETTERS)
+    _tree_checks.params_tree(params, expected, LETTERS)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax_mha import _checks
 from flax_mha._call import Restrictions, prepare
 from flax_mha._folding import Folding
+from flax_mha._heads import key_heads, query_heads
+from flax_mha._placement import distance_bias
 from flax_mha._typing import Array, ParamsLike
 from flax_mha.attention import dot_product_attention
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.functional import checked_restrictions
+from flax_mha.functional import check_arrays, checked_restrictions
 
 
 def attention_scores(
@@ -36,7 +38,8 @@ def attention_scores(
         config: the layer's static description; its `implementation` is not used.
         query_rows: integers `[R]`, each in [0, T): positions in raster order of the attended axes.
         use_causal_mask: no key after the query, which keeps its own position.
-        **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids.
+        **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids,
+            positions.
 
     Returns:
         The weights before dropout, `[*batch, N, R, *S axes]`. A row that under `jax.jit` turns out
@@ -58,7 +61,8 @@ def attention_scores(
         (1, 2, 2, 100)
     """
     arrays = (query, value, value if key is None else key)
-    checked = checked_restrictions(arrays, config, Restrictions(**restrictions))
+    check_arrays(arrays)
+    checked = checked_restrictions(config, Restrictions(**restrictions))
     _checks.boolean("use_causal_mask", use_causal_mask)
     rows = _checks.positions("query_rows", query_rows)
     _checks.rows_within("query_rows", rows, _length(query, config))
@@ -80,16 +84,24 @@ def _scores(
     use_causal_mask: bool,
 ) -> Array:
     call = prepare(params, arrays, restrictions, config, use_causal_mask)
-    folding = call.folding
-    query_BRNH = call.project("BRD,DNH->BRNH", call.query_BTD[:, rows], params["query"])
-    key_BSKH = call.project("BSC,CKH->BSKH", call.key_BSC, params["key"])
-    bias = call.bias_bnts
+    folding, bias = call.folding, call.bias_bnts
+    take = lambda x, axis: x if x is None or x.shape[axis] == 1 else jnp.take(x, rows, axis)  # noqa: E731
+    bias = take(bias, 2)
+    distances = distance_bias(params, config, folding.T, folding.S)
+    if distances is not None:
+        dense = distances.of_queries(rows, folding.S)
+        bias = dense if bias is None else bias + dense
+    position_bR = take(call.query_position_bT, 1)
+    of_rows = call._replace(query_BTD=call.query_BTD[:, rows], query_position_bT=position_bR)
+    key_BSKH = key_heads(params, call, config)
     _, weights_BNRS = dot_product_attention(
-        query_BRNH,
+        query_heads(params, of_rows, config),
         key_BSKH,
         key_BSKH,  # the context is not wanted, so any values do
         mask=call.mask.take_queries(rows, folding.S),
-        bias=bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows],
+        bias=bias,
+        sinks=params["sinks"]["logits"] if "sinks" in params else None,
+        soft_cap=config.soft_cap,
         precision=config.precision,
         implementation="reference",
         return_weights=True,

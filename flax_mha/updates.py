@@ -75,7 +75,7 @@ def constrain(
 def _constraint(config: MultiHeadAttentionConfig, key_path: Any) -> Callable[[Array], Array]:
     """What constrains the leaf at the end of a path: a kernel or a bias."""
     constraints = {"kernel": config.kernel_constraint, "bias": config.bias_constraint}
-    return constraints[_names(key_path)[-1]] or (lambda array: array)
+    return constraints.get(_names(key_path)[-1]) or (lambda array: array)
 
 
 def _names(key_path: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from helpers import booleans, normal
 
 from flax_mha import Mask
 from flax_mha._dropout import keep_mask
+from flax_mha.attention import DistanceBias
 
 B, T, S, N, K, H, V = 2, 5, 7, 3, 1, 11, 13
 
@@ -39,6 +40,8 @@ class Case:
         allowed = np.broadcast_to(self.allowed, full)
         bias = np.broadcast_to(np.asarray(self.call.get("bias", 0.0), np.float64), full)
         rate = self.call.get("dropout_rate", 0.0)
+        bias = bias + self.of_distances(full)
+        cap, sinks = self.call.get("soft_cap"), self.call.get("sinks")
         keep = np.ones(full, bool)
         if "dropout_key" in self.call:
             keep = np.asarray(keep_mask(self.call["dropout_key"], rate, full))
@@ -50,8 +53,21 @@ class Case:
                 context[i, :, j], weights[i, j] = oracles.attention(
                     query[i, :, j], key[i, :, kv], value[i, :, kv],
                     allowed[i, j], bias[i, j], scale, keep[i, j], rate,
+                    cap, None if sinks is None else float(sinks[j]),
                 )  # fmt: skip
         return context, weights
+
+    def of_distances(self, full):
+        """The distance bias, entry by entry; the end's value beyond either end."""
+        result = np.zeros(full)
+        if (bias := self.call.get("distance_bias")) is None:
+            return result
+        values = np.asarray(bias.values, np.float64)
+        offsets = np.zeros(full[0], int) if bias.query_offset is None else bias.query_offset
+        for b, n, t, s in np.ndindex(*full):
+            entry = s - (t + int(offsets[b])) - bias.first
+            result[b, n, t, s] = values[n, min(max(entry, 0), values.shape[1] - 1)]
+        return result
 
 
 def distance(t=T, s=S):
@@ -121,6 +137,32 @@ CASES = {
     ),
     "bias": Case({"bias": normal(8, B, N, T, S)}),
     "bias of heads": Case({"bias": normal(8, N, 1, S), "is_causal": True}, distance() <= 0),
+    "distance bias": Case({"distance_bias": DistanceBias(normal(9, N, T + S - 1), first=1 - T)}),
+    "distance bias with offset": Case(
+        {
+            "mask": Mask.causal(jnp.asarray(OFFSET)),
+            "distance_bias": DistanceBias(normal(9, N, 9), jnp.asarray(OFFSET), first=-8),
+        },
+        (distance() <= OFFSET[:, None, None])[:, None],
+    ),
+    "short distance bias": Case(
+        {"distance_bias": DistanceBias(normal(9, 4, 3), first=-1), "is_causal": True},
+        distance(37, 41) <= 0,
+        (1, 37, 41, 4, 2, 3, 5),
+    ),
+    "soft cap": Case({"soft_cap": 0.5, "bias": normal(8, T, S)}),
+    "sinks": Case({"sinks": normal(10, N), "mask": NOBODY | PER_HEAD[..., :1]}, PER_HEAD[..., :1]),
+    "everything else": Case(
+        {
+            "distance_bias": DistanceBias(normal(9, 6, T + S - 1), first=1 - T),
+            "sinks": normal(10, 6),
+            "soft_cap": 2.0,
+            "is_causal": True,
+            **row_dropped(),
+        },
+        distance() <= 0,
+        (B, T, S, 6, 2, H, V),
+    ),
     "dropout": Case(row_dropped()),
     "dropout and all masks": Case(
         {"mask": JOINED, "bias": normal(8, T, S), **row_dropped()},

@@ -12,8 +12,10 @@ import math
 import numpy as np
 
 
-def attention(query, key, value, allowed, bias, scale, keep, rate):
+def attention(query, key, value, allowed, bias, scale, keep, rate, soft_cap=None, sink=None):
     """One example, one head: `query` TH, `key` SH, `value` SV, the other arrays TS.
+
+    `soft_cap` squeezes the scaled products; `sink` is one more logit, whose value is zero.
 
     Returns the context TV and the weights TS (before dropout).
     """
@@ -23,10 +25,13 @@ def attention(query, key, value, allowed, bias, scale, keep, rate):
         attended = [s for s in range(len(key)) if allowed[t, s]]
         if not attended:
             continue
-        logits = {s: scale * math.fsum(query[t] * key[s]) + bias[t, s] for s in attended}
-        largest = max(logits.values())
+        products = {s: scale * math.fsum(query[t] * key[s]) for s in attended}
+        if soft_cap is not None:
+            products = {s: soft_cap * math.tanh(x / soft_cap) for s, x in products.items()}
+        logits = {s: products[s] + bias[t, s] for s in attended}
+        largest = max([*logits.values(), *([] if sink is None else [sink])])
         powers = {s: math.exp(logits[s] - largest) for s in attended}
-        total = math.fsum(powers.values())
+        total = math.fsum([*powers.values(), 0 if sink is None else math.exp(sink - largest)])
         for s in attended:
             weights[t, s] = powers[s] / total
             if keep[t, s] and rate < 1:

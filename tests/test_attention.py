@@ -1,5 +1,6 @@
 """dot_product_attention: every implementation against the oracle, and the choice among them."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -82,6 +83,14 @@ def test_float64(name, implementation):
         assert_close(result, case.expected(arrays)[0], "float64")
 
 
+def with_values(arrays, case):
+    """The arrays, with the values of a distance bias back in their place."""
+    if "distance_bias" not in arrays:
+        return arrays
+    bias = dataclasses.replace(case.call["distance_bias"], values=arrays["distance_bias"])
+    return {**arrays, "distance_bias": bias}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(
     ("implementation", "block_sizes"), [("reference", None), ("blockwise", (8, 4))], ids=str
@@ -91,14 +100,20 @@ def test_gradients_are_the_oracle_s_slopes(case, implementation, block_sizes):
     with x64():
         arrays = {name: jnp.asarray(x, "float64") for name, x in case.arrays().items()}
         call = {**case.call, "block_sizes": block_sizes}
-        if "bias" in call:
-            arrays["bias"] = jnp.asarray(call.pop("bias"), "float64")
+        for extra in {"bias", "sinks", "distance_bias"} & set(call):
+            # Of a distance bias, the values are the array.
+            array = getattr(call.pop(extra), "values", case.call[extra])
+            arrays[extra] = jnp.asarray(array, "float64")
         probe = np.random.default_rng(3).normal(size=case.expected(arrays)[0].shape)
-        scalar = lambda arrays: (attend(arrays, call, implementation=implementation) * probe).sum()
+
+        def scalar(arrays):
+            given = with_values(arrays, case)
+            return (attend(given, call, implementation=implementation) * probe).sum()
+
         gradients = jax.jit(jax.grad(scalar))(arrays)
 
     def oracle(arrays):
-        moved = type(case)({**case.call, "bias": arrays.get("bias", 0.0)}, case.allowed, case.sizes)
+        moved = type(case)({**case.call, **with_values(arrays, case)}, case.allowed, case.sizes)
         return (moved.expected(arrays)[0] * probe).sum()
 
     for seed, name in enumerate(arrays):

@@ -11,6 +11,7 @@ from flax_mha import (
     MultiHeadAttentionConfig,
     activity_loss,
     forward,
+    init_cache,
     param_shapes,
     regularization_loss,
 )
@@ -74,10 +75,20 @@ def test_without_regularizers_losses_are_zero():
     assert activity_loss(forward(params, query, value, key, config=config), config) == 0
 
 
+def test_a_call_with_a_cache_has_no_activity_loss():
+    config, _, params, (_, value, key) = pair(activity_regularizer="l2")
+    call = dict(config=config, cache=init_cache(config, B, 10))
+    activations = forward(params, value[:, :T, :D], value[:, :T], key[:, :T], **call)
+    assert activations.query is None
+    with pytest.raises(ValueError, match="which a call with a cache does not return"):
+        activity_loss(activations, config)
+
+
 def test_forward_fills_what_it_promises():
     config, _, params, (query, value, key) = pair(use_gate=True)
     activations = forward(params, query, value, key, config=config, return_attention_scores=True)
-    assert {name: x.shape for name, x in activations._asdict().items()} == {
+    assert activations.cache is None
+    assert {name: x.shape for name, x in activations._asdict().items() if name != "cache"} == {
         "query": (B, T, N, H),
         "key": (B, S, N, H),
         "value": (B, S, N, V),

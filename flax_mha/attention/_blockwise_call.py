@@ -5,16 +5,26 @@ with T and S filled up to whole blocks.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_mha import _dropout
 from flax_mha._dtypes import wide_dtype
-from flax_mha._typing import Array, PRNGKey
-from flax_mha.attention._contract import Options
-from flax_mha.attention._tiles import Tile, Tiling, allowed, is_band, may_meet, of_scores, slice_at
+from flax_mha._typing import Array, PRNGKey, Shape
+from flax_mha.attention._contract import Options, soft_capped
+from flax_mha.attention._distance import DistanceBias, skew
+from flax_mha.attention._tiles import (
+    Tile,
+    Tiling,
+    allowed,
+    is_band,
+    may_meet,
+    of_scores,
+    per_example,
+    slice_at,
+)
 from flax_mha.masks import Mask
 
 
@@ -35,6 +45,7 @@ class Blocks:
     key_gSH: Array
     value_gSV: Array
     bias_bnts: Array | None
+    distance_bias: DistanceBias | None
     mask: Mask
     dropout_key: PRNGKey | None
 
@@ -61,17 +72,41 @@ def product(plan: Plan, equation: str, a: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
 
 
-def tile_logits(plan: Plan, blocks: Blocks, tile: Tile, masked: bool) -> Array:
-    """scale query . key + bias, and -inf where the mask forbids: `[G, t, s]`."""
-    tiling = plan.tiling
+class TileLogits(NamedTuple):
+    """Logits of a tile, -inf where the mask forbids; the soft cap's slope, where there is one."""
+
+    logits_Gts: Array
+    slope_Gts: Array | None
+
+
+def tile_logits(plan: Plan, blocks: Blocks, tile: Tile, masked: bool) -> TileLogits:
+    """cap(scale query . key) + bias: `[G, t, s]`."""
+    tiling, options = plan.tiling, plan.options
     query_Gth = rows(blocks.query_gGTH, tile.g, tile.i, tiling.t)
     key_sh = rows(blocks.key_gSH, tile.g, tile.j, tiling.s)
-    logits_Gts = product(plan, "Gth,sh->Gts", query_Gth, key_sh) * plan.options.scale
+    product_Gts = product(plan, "Gth,sh->Gts", query_Gth, key_sh) * options.scale
+    logits_Gts, slope_Gts = soft_capped(product_Gts, options), None
+    if options.soft_cap is not None:
+        slope_Gts = 1 - (logits_Gts / options.soft_cap) ** 2
     if blocks.bias_bnts is not None:
         logits_Gts += of_scores(tiling, blocks.bias_bnts, tile).astype(logits_Gts.dtype)
-    if not masked:
-        return logits_Gts
-    return jnp.where(allowed(tiling, blocks.mask, tile), logits_Gts, -jnp.inf)
+    if blocks.distance_bias is not None:
+        values_Gl = slice_at(blocks.distance_bias.values, *stretch(plan, blocks, tile))
+        logits_Gts += skew(values_Gl, tiling.t, tiling.s).astype(logits_Gts.dtype)
+    if masked:
+        logits_Gts = jnp.where(allowed(tiling, blocks.mask, tile), logits_Gts, -jnp.inf)
+    return TileLogits(logits_Gts, slope_Gts)
+
+
+def stretch(plan: Plan, blocks: Blocks, tile: Tile) -> tuple[Any, Shape]:
+    """(start, size) of a tile's stretch of the distance bias, from its last row's first key on."""
+    tiling, bias = plan.tiling, blocks.distance_bias
+    assert bias is not None
+    nearest = tile.j * tiling.s - (tile.i * tiling.t + tiling.t - 1)
+    entry = nearest - per_example(bias.query_offset, tile.g, tiling) - bias.first
+    # Beyond an end, where all values are equal, lax clips on the right and wraps on the left.
+    start = (tile.g % tiling.K * tiling.G, jnp.maximum(entry, 0))
+    return start, (tiling.G, tiling.t + tiling.s - 1)
 
 
 def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:

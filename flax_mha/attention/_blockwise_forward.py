@@ -70,7 +70,7 @@ def _nothing(plan: Plan, blocks: Blocks) -> Softmax:
 
 
 def _add_tile(plan: Plan, blocks: Blocks, tile: Tile, masked: bool, softmax: Softmax) -> Softmax:
-    logits_Gts = tile_logits(plan, blocks, tile, masked)
+    logits_Gts, _ = tile_logits(plan, blocks, tile, masked)
     row_max_Gt = jnp.maximum(softmax.row_max_Gt, logits_Gts.max(-1))
     # -inf - (-inf) would be NaN: a row that has seen no key yet is shifted by 0.
     shift_Gt = jnp.where(jnp.isneginf(row_max_Gt), 0, row_max_Gt)

@@ -12,8 +12,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flax_mha._typing import Array, PRNGKey
+from flax_mha.attention._distance import DistanceBias
 from flax_mha.masks import Mask
 
 
@@ -27,6 +29,8 @@ class Inputs:
     value_BSKV: Array
     mask: Mask
     bias_bnts: Array | None = None
+    distance_bias: DistanceBias | None = None
+    sinks_N: Array | None = None  # not for implementations: `_sinks` adds them to any output
     dropout_key: PRNGKey | None = None
 
 
@@ -35,6 +39,7 @@ class Options:
     """The static half of one attention call; `dropout_rate` is 0 where there is no key."""
 
     scale: float
+    soft_cap: float | None = None
     dropout_rate: float = 0.0
     precision: Any = None
     return_weights: bool = False
@@ -58,3 +63,9 @@ class Output(NamedTuple):
     context_BTNV: Array
     weights_BNTS: Array | None = None
     residuals: Residuals | None = None
+
+
+def soft_capped(logits: Array, options: Options) -> Array:
+    """cap tanh(logits / cap), which stays within (-cap, cap); the logits where there is no cap."""
+    cap = options.soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -13,7 +13,9 @@ from flax_mha._typing import Array, PRNGKey, Shape
 from flax_mha.attention import blockwise, reference
 from flax_mha.attention._choice import RULE, preferred
 from flax_mha.attention._contract import Inputs, Options, Output
+from flax_mha.attention._distance import DistanceBias
 from flax_mha.attention._quarantine import poison, quarantine
+from flax_mha.attention._sinks import with_sinks
 from flax_mha.masks import Mask
 
 IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "blockwise": blockwise}
@@ -26,6 +28,9 @@ def dot_product_attention(
     *,
     mask: Mask | Array | None = None,
     bias: Array | None = None,
+    distance_bias: DistanceBias | None = None,
+    sinks: Array | None = None,
+    soft_cap: float | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
@@ -45,6 +50,9 @@ def dot_product_attention(
         value: `[..., S, K, V]`; V may differ from H.
         mask: a `Mask`, or booleans that broadcast to `[..., N, T, S]`; True = may attend.
         bias: floats that broadcast to `[..., N, T, S]`, added to the scaled logits.
+        distance_bias: a `DistanceBias`, added likewise: floats by head and distance alone.
+        sinks: floats `[N]`, a logit for each head that attends to nothing and joins the softmax.
+        soft_cap: the scaled product becomes soft_cap * tanh(product / soft_cap), before biases.
         scale: factor of the logits; None = 1 / sqrt(H).
         is_causal: no key after the query, aligned top-left.
         local_window_size: (left, right) keys around the query, itself besides; an int = both.
@@ -85,6 +93,9 @@ def dot_product_attention(
         value,
         mask=mask,
         bias=bias,
+        distance_bias=distance_bias,
+        sinks=sinks,
+        soft_cap=soft_cap,
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,
@@ -123,7 +134,8 @@ def explain(
     """
     _known(implementation)
     reasons: dict[str, str] = {}
-    arrays = {name: call.pop(name, None) for name in ("mask", "bias", "dropout_key")}
+    names = ("mask", "bias", "distance_bias", "sinks", "dropout_key")
+    arrays = {name: call.pop(name, None) for name in names}
 
     def trace(query: Array, key: Array, value: Array, arrays: Any) -> None:
         inputs, options = _canonical(query, key, value, **arrays, **call)
@@ -157,7 +169,7 @@ def choose(implementation: str | None, inputs: Inputs, options: Options) -> str:
 def run(name: str, inputs: Inputs, options: Options) -> Output:
     """Runs one implementation on inputs from which removed positions are kept away."""
     safe, broken_BT = quarantine(inputs)
-    output = IMPLEMENTATIONS[name].attend(safe, options)
+    output = with_sinks(IMPLEMENTATIONS[name].attend(safe, options), inputs.sinks_N)
     return output._replace(context_BTNV=poison(output.context_BTNV, broken_BT))
 
 
@@ -173,6 +185,9 @@ def _canonical(
     *,
     mask: Mask | Array | None = None,
     bias: Array | None = None,
+    distance_bias: DistanceBias | None = None,
+    sinks: Array | None = None,
+    soft_cap: float | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
@@ -196,10 +211,13 @@ def _canonical(
         value_BSKV=_flat(value),
         mask=_mask(mask, is_causal, local_window_size, groups),
         bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
+        distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
+        sinks_N=None if sinks is None else _sinks(sinks, N),
         dropout_key=dropout_key if rate else None,
     )
     options = Options(
         scale=1 / math.sqrt(H) if scale is None else float(scale),
+        soft_cap=None if soft_cap is None else _checks.positive("soft_cap", soft_cap),
         dropout_rate=rate if dropout_key is not None else 0.0,
         precision=precision,
         block_sizes=None if block_sizes is None else _checks.block_sizes(block_sizes),
@@ -233,6 +251,20 @@ def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) ->
 def _bias(bias: Array) -> Array:
     _checks.floating_array("bias", bias, "that broadcasts to [..., N, T, S]")
     return jnp.asarray(bias)
+
+
+def _distance_bias(bias: Any, B: int, N: int) -> DistanceBias | None:
+    if bias is not None:
+        _checks.instance("distance_bias", bias, DistanceBias)
+        bias.check(B, N)
+    return bias
+
+
+def _sinks(sinks: Array, N: int) -> Array:
+    _checks.floating_array("sinks", sinks, "[N]")
+    if sinks.shape != (N,):
+        _checks.fail(ValueError, f"`sinks` must be [N] = ({N},).", f"shape {tuple(sinks.shape)}")
+    return jnp.asarray(sinks)
 
 
 def _over_scores(name: str, array: Array, groups: tuple[Shape, ...]) -> Array:

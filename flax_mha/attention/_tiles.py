@@ -203,9 +203,14 @@ def _row(x_bL: Array, b: Array, start: Any, size: int) -> Array:
 
 def _offset(tiling: Tiling, mask: Mask, g: Array) -> Any:
     """The position of query 0 among the keys, in the group's example."""
-    if mask.query_offset is None:
+    return per_example(mask.query_offset, g, tiling)
+
+
+def per_example(offset: Array | None, g: Array, tiling: Tiling) -> Any:
+    """The entry of group g's example; one for all examples does, and None is 0."""
+    if offset is None:
         return 0
-    offset_b = jnp.reshape(mask.query_offset, (-1,)).astype("int32")
+    offset_b = jnp.reshape(offset, (-1,)).astype("int32")
     return offset_b[0] if offset_b.shape[0] == 1 else offset_b[g // tiling.K]
 
 

@@ -21,6 +21,7 @@ from flax_mha.attention._blockwise_backward import backward
 from flax_mha.attention._blockwise_call import Blocks, Plan
 from flax_mha.attention._blockwise_forward import Softmax, forward
 from flax_mha.attention._contract import Inputs, Options, Output, Residuals
+from flax_mha.attention._distance import DistanceBias
 from flax_mha.attention._tiles import Tiling
 from flax_mha.masks import Mask
 
@@ -79,12 +80,26 @@ def _core_forward(plan: Plan, blocks: Blocks) -> tuple[Softmax, Any]:
 
 def _core_backward(plan: Plan, saved: tuple[Blocks, Softmax], cotangent: Softmax) -> Any:
     blocks, softmax = saved
-    arrays = (blocks.query_gGTH, blocks.key_gSH, blocks.value_gSV, blocks.bias_bnts)
-    gradients = backward(plan, blocks, softmax, cotangent)
-    cast = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays)
-    nothing: Any = None  # for the mask and the key, which have no gradient
-    d_query, d_key, d_value, d_bias = cast
-    return (Blocks(d_query, d_key, d_value, d_bias, nothing, nothing),)
+    d_query, d_key, d_value, d_biases = backward(plan, blocks, softmax, cotangent)
+    nothing: Any = None  # for the mask, the offsets and the key, which have no gradient
+    d_distance_bias = nothing
+    if blocks.distance_bias is not None:
+        values = _as(blocks.distance_bias.values, d_biases.values_NL)
+        d_distance_bias = DistanceBias(values, nothing, blocks.distance_bias.first)
+    d_blocks = Blocks(
+        _as(blocks.query_gGTH, d_query),
+        _as(blocks.key_gSH, d_key),
+        _as(blocks.value_gSV, d_value),
+        nothing if blocks.bias_bnts is None else _as(blocks.bias_bnts, d_biases.bias_bnts),
+        d_distance_bias,
+        nothing,
+        nothing,
+    )
+    return (d_blocks,)
+
+
+def _as(x: Array, gradient: Any) -> Array:
+    return gradient.astype(x.dtype)
 
 
 _core.defvjp(_core_forward, _core_backward)
@@ -104,6 +119,7 @@ def _blocks(inputs: Inputs, tiling: Tiling) -> Blocks:
         _fill(inputs.key_BSKH, 1, S).swapaxes(1, 2).reshape(B * tiling.K, S, H),
         _fill(inputs.value_BSKV, 1, S).swapaxes(1, 2).reshape(B * tiling.K, S, -1),
         None if bias is None else _fill_scores(bias, T, S),
+        _fill_distances(inputs.distance_bias, tiling.t + tiling.s),
         _fill_mask(inputs.mask, T, S),
         inputs.dropout_key,
     )
@@ -128,6 +144,14 @@ def _fill_scores(x_bnts: Array, T: int, S: int) -> Array:
     for axis, length in ((2, T), (3, S)):
         x_bnts = x_bnts if x_bnts.shape[axis] == 1 else _fill(x_bnts, axis, length)
     return x_bnts
+
+
+def _fill_distances(bias: DistanceBias | None, width: int) -> DistanceBias | None:
+    """The ends' values repeated, so that a tile that reaches beyond an end finds them."""
+    if bias is None:
+        return None
+    values = jnp.pad(bias.values, ((0, 0), (width, width)), mode="edge")
+    return dataclasses.replace(bias, values=values, first=bias.first - width)
 
 
 def _fill_mask(mask: Mask, T: int, S: int) -> Mask:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax_mha import _dropout
 from flax_mha._dtypes import wide_dtype
 from flax_mha._typing import Array
-from flax_mha.attention._contract import Inputs, Options, Output, Residuals
+from flax_mha.attention._contract import Inputs, Options, Output, Residuals, soft_capped
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -24,7 +24,7 @@ def attend(inputs: Inputs, options: Options) -> Output:
 
 
 def _logits(inputs: Inputs, options: Options) -> Array:
-    """scale query . key + bias where allowed, -inf elsewhere; in float32 at least."""
+    """scale query . key (capped) + bias where allowed, -inf elsewhere; in float32 at least."""
     (B, T, N, H), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     query_BTKGH = inputs.query_BTNH.reshape(B, T, K, N // K, H)
     logits_BKGTS = jnp.einsum(
@@ -34,9 +34,11 @@ def _logits(inputs: Inputs, options: Options) -> Array:
         precision=options.precision,
         preferred_element_type=wide_dtype(inputs.query_BTNH.dtype),
     )
-    logits_BNTS = logits_BKGTS.reshape(B, N, T, S) * options.scale
+    logits_BNTS = soft_capped(logits_BKGTS.reshape(B, N, T, S) * options.scale, options)
     if inputs.bias_bnts is not None:
         logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
+    if inputs.distance_bias is not None:
+        logits_BNTS += inputs.distance_bias.as_array(T, S).astype(logits_BNTS.dtype)
     if inputs.mask.is_empty:
         return logits_BNTS
     return jnp.where(inputs.mask.as_array(T, S), logits_BNTS, -jnp.inf)

@@ -1,12 +1,15 @@
-"""The command line: `python -m flax_mha.demo train CONFIG`."""
+"""The command line: `python -m flax_mha.demo train CONFIG`, and `... generate RUN`."""
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flax_mha.demo.config_file import read_settings
+from flax_mha.demo.generate import Sampling
 from flax_mha.demo.run import run
+from flax_mha.demo.sample import sample
 from flax_mha.demo.settings import DemoError
 from flax_mha.demo.tasks import load_split
 
@@ -15,6 +18,7 @@ examples:
   python -m flax_mha.demo train configs/python_lm.toml
   python -m flax_mha.demo train configs/python_lm.toml --steps 200 --set attention.num_heads=2
   python -m flax_mha.demo train configs/python_lm.toml --data shakespeare.txt --out runs/plays
+  python -m flax_mha.demo generate runs/python_lm --prompt "class " --top-k 40 --seed 1
 """
 
 
@@ -27,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        _train(options)
+        options.command(options)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was saved", file=sys.stderr)
+        print(f"\ninterrupted: {options.interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -45,6 +49,11 @@ def _train(options: argparse.Namespace) -> None:
     run(settings, split, directory, pictures=not options.no_plots)
 
 
+def _generate(options: argparse.Namespace) -> None:
+    how = Sampling(options.temperature, options.top_k, options.seed)
+    sample(options.run, options.prompt, options.bytes, how)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flax_mha.demo",
@@ -54,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_generate(commands)
     return parser
 
 
@@ -66,6 +76,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    train.set_defaults(command=_train, interrupted="nothing was saved")
     train.add_argument("config", type=Path, metavar="CONFIG", help="the TOML file of settings")
     train.add_argument("--data", type=Path, metavar="FILE", help="learn from FILE instead")
     train.add_argument(
@@ -81,3 +92,44 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         help="change one setting, as attention.num_heads=4; may be repeated",
     )
     train.add_argument("--no-plots", action="store_true", help="draw no pictures")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="sample text from a trained run",
+        description="Sample text from a trained run, and print bytes per second with a key/value "
+        "cache and without.",
+    )
+    generate.set_defaults(command=_generate, interrupted="the run is as it was")
+    generate.add_argument("run", type=Path, metavar="RUN", help="a directory that train has left")
+    generate.add_argument("--prompt", default="def ", help="what the text begins with")
+    generate.add_argument("--bytes", type=_at_least(1), default=400, metavar="N", help="how many")
+    generate.add_argument("--temperature", type=_above_zero, default=0.7, metavar="X")
+    generate.add_argument(
+        "--top-k",
+        type=_at_least(0),
+        default=0,
+        metavar="K",
+        help="draw from the K likeliest; 0 = all",
+    )
+    generate.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value

@@ -1,45 +1,112 @@
-"""Text from a model: the whole window is computed again for every byte, without a cache."""
+"""Text from a model, with a cache of what was read, or by reading all of it again for every byte.
 
+Both see at most `context` bytes. When these are full, the cache is filled anew with their last
+half; without a cache the oldest byte is dropped at every step.
+"""
+
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from flax_mha import init_cache
 from flax_mha._typing import Array, PRNGKey
-from flax_mha.demo.model import Transformer
+from flax_mha.demo.model import Caches, Transformer
 
 
-def generate(
-    model: Transformer,
-    params: Any,
-    prompt: bytes,
-    *,
-    count: int,
-    context: int,
-    temperature: float,
-    sample_key: PRNGKey,
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a byte is drawn from its logits.
+
+    Attributes:
+        temperature: the logits are divided by it: below 1 the likely bytes become likelier.
+        top_k: only the k likeliest bytes are drawn; 0 = all.
+        seed: the same seed gives the same text.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0
+    seed: int = 0
+
+    def draw(self, sample_key: PRNGKey, logits_Y: Array) -> Array:
+        """One byte from softmax(logits / temperature) over the top k."""
+        if 0 < self.top_k < logits_Y.size:
+            least = jax.lax.top_k(logits_Y, self.top_k)[0][-1]
+            logits_Y = jnp.where(logits_Y < least, -jnp.inf, logits_Y)
+        return jax.random.categorical(sample_key, logits_Y / self.temperature).astype(jnp.int32)
+
+
+def generate(model: Transformer, params: Any, prompt: bytes, count: int, how: Sampling) -> bytes:
+    """`count` bytes that follow the prompt, each computed from the cache and the byte before."""
+    context, text = model.model.context, _tokens(prompt)
+    keys = jax.random.split(jax.random.key(how.seed), count)
+    end = len(text) + count
+    while len(text) < end:
+        known = text[-(context // 2) :] if len(text) >= context else text
+        made = len(text) - (end - count)
+        steps = context - len(known)
+        some = jnp.take(
+            keys, jnp.arange(made, made + steps) % count, axis=0
+        )  # at most `count` used
+        continued = _continue(model, how, params, jnp.asarray(known), some)
+        text = np.concatenate([text, np.asarray(continued)])[:end]
+    return bytes(text[-count:].tolist()) if count else b""
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _continue(
+    model: Transformer, how: Sampling, params: Any, known_T: Array, sample_keys: Array
+) -> Array:
+    """One byte for each key: the known ones are read at once, then one at a time."""
+    cache = init_cache(model.attention, 1, model.model.context)
+    logits_BTY, caches = _read(model, params, known_T, (cache,) * model.model.layers)
+
+    def step(carry: tuple[Array, Caches], sample_key: PRNGKey) -> Any:
+        logits_Y, caches = carry
+        byte = how.draw(sample_key, logits_Y)
+        logits_BTY, caches = _read(model, params, byte[None], caches)
+        return (logits_BTY[0, -1], caches), byte
+
+    return jax.lax.scan(step, (logits_BTY[0, -1], caches), sample_keys)[1]
+
+
+def _read(model: Transformer, params: Any, tokens_T: Array, caches: Caches) -> Any:
+    return model.apply({"params": params}, tokens_T[None], caches=caches)
+
+
+def generate_without_cache(
+    model: Transformer, params: Any, prompt: bytes, count: int, how: Sampling
 ) -> bytes:
-    """`count` bytes that follow the prompt, each drawn from softmax(logits / temperature)."""
-    known = (prompt or b"\n")[-context:]
-    tokens_T = jnp.zeros(context, jnp.int32).at[: len(known)].set(jnp.asarray(list(known)))
-    keys = jax.random.split(sample_key, count)
-    draw = functools.partial(_draw, model, params, temperature)
-    step = jax.jit(lambda carry, keys: jax.lax.scan(draw, carry, keys))
-    _, sampled = step((tokens_T, jnp.asarray(len(known))), keys)
-    return bytes(sampled.tolist())
+    """The same, each byte computed from all that stand before it."""
+    context, text = model.model.context, _tokens(prompt)
+    known = text[-context:]
+    tokens_T = jnp.zeros(context, jnp.int32).at[: len(known)].set(jnp.asarray(known))
+    keys = jax.random.split(jax.random.key(how.seed), count)
+    return bytes(_slide(model, how, params, tokens_T, jnp.asarray(len(known)), keys).tolist())
 
 
-def _draw(
-    model: Transformer, params: Any, temperature: float, carry: Any, sample_key: PRNGKey
-) -> tuple[Any, Array]:
-    """One more byte; a full window first loses its oldest."""
-    tokens_T, length = carry
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _slide(
+    model: Transformer, how: Sampling, params: Any, tokens_T: Array, length: Array, keys: Array
+) -> Array:
     context = tokens_T.shape[0]
-    # Behind `length` stand zeros: the causal mask keeps them from what is read.
-    logits_TY = model.apply({"params": params}, tokens_T[None])[0]
-    byte = jax.random.categorical(sample_key, logits_TY[length - 1] / temperature)
-    full = length == context
-    tokens_T = jnp.where(full, jnp.roll(tokens_T, -1), tokens_T)
-    length = jnp.where(full, context, length + 1)
-    return (tokens_T.at[length - 1].set(byte.astype(jnp.int32)), length), byte
+
+    def step(carry: tuple[Array, Array], sample_key: PRNGKey) -> Any:
+        """One more byte; a full window first loses its oldest."""
+        tokens_T, length = carry
+        # Behind `length` stand zeros: the causal mask keeps them from what is read.
+        logits_TY = model.apply({"params": params}, tokens_T[None])[0]
+        byte = how.draw(sample_key, logits_TY[length - 1])
+        full = length == context
+        tokens_T = jnp.where(full, jnp.roll(tokens_T, -1), tokens_T)
+        length = jnp.where(full, context, length + 1)
+        return (tokens_T.at[length - 1].set(byte), length), byte
+
+    return jax.lax.scan(step, (tokens_T, length), keys)[1]
+
+
+def _tokens(prompt: bytes) -> np.ndarray:
+    return np.frombuffer(prompt or b"\n", np.uint8).astype(np.int32)

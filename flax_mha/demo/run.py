@@ -161,24 +161,17 @@ def _sample(
     if not train_settings.sample_bytes:
         return
     prompt = train_settings.prompt.encode()
-    sampled = generate.generate(
-        model,
-        params,
-        prompt,
-        count=train_settings.sample_bytes,
-        context=settings.model.context,
-        temperature=train_settings.temperature,
-        sample_key=jax.random.key(train_settings.seed),
-    )
+    how = generate.Sampling(train_settings.temperature, seed=train_settings.seed)
+    sampled = generate.generate(model, params, prompt, train_settings.sample_bytes, how)
     text = (prompt + sampled).decode("utf-8", errors="replace")
     path.write_text(text, encoding="utf-8")
     title = f"A sample, at temperature {train_settings.temperature}"
     console.rule(title)
-    console.print(Text(_printable(text)))
+    console.print(Text(printable(text)))
     console.rule()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters as escapes: what a model writes must not steer a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 

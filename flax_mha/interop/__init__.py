@@ -1,1 +1,1 @@
-"""Other frameworks: their weights, their functions, one file each."""
+"""Meeting points with other packages: their weights, and their functions over our attention."""

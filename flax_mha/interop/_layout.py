@@ -42,10 +42,13 @@ def from_table(
     for entry in sorted(table, key=lambda entry: entry.name is None):  # zeros need the sizes
         projection, leaf = entry.place
         if entry.name is None:
-            array = jnp.zeros([sizes[x] for x in LETTERS[projection][leaf]], config.param_dtype)
+            # In the dtype of what was read: float32 zeros would promote a bfloat16 layer.
+            dtype = params[projection]["kernel"].dtype
+            array = jnp.zeros([sizes[x] for x in LETTERS[projection][leaf]], dtype)
         else:
             array = _incoming(entry, arrays[entry.name], sizes)
         params.setdefault(projection, {})[leaf] = array
+    check_params(params, config, *((1, sizes[letter]) for letter in "DMC"))
     return cast(Params, params)
 
 
@@ -55,6 +58,7 @@ def to_table(
     """Another framework's arrays from the parameter tree: NumPy arrays under its names."""
     D, C, M = (params[name]["kernel"].shape[0] for name in ("query", "key", "value"))
     check_params(params, config, (1, D), (1, M), (1, C))
+    _all_have_a_place(table, params)
     arrays = {}
     for entry in table:
         projection, leaf = entry.place
@@ -117,10 +121,10 @@ def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
 
 
 def _likely_cause(shape: Shape, expected: list[int | None]) -> str:
-    if len(shape) > 1 and _fits(shape[::-1], expected):
-        return "Is it transposed?"
     if _fits(shape, [None if n is None else 3 * n for n in expected[:1]] + expected[1:]):
         return "Is it packed, with query, key and value in one array?"
+    if len(shape) > 1 and _fits(shape[::-1], expected):
+        return "Is it transposed?"
     return "Do num_heads, num_kv_heads, key_dim and value_dim of the config fit this layer?"
 
 
@@ -148,6 +152,18 @@ def _same_names(expected: list[str], arrays: Mapping[str, Any]) -> None:
         evidence = f"{sorted(arrays)}, missing {missing}, unknown {unknown}"
         remedy = "Do `use_bias`, `use_gate` of the config and the layer agree?"
         _checks.fail(ValueError, rule, evidence, remedy)
+
+
+def _all_have_a_place(table: Sequence[Entry], params: ParamsLike) -> None:
+    places = {entry.place for entry in table}
+    for projection, leaves in params.items():
+        for leaf in leaves:
+            if (projection, leaf) not in places:
+                rule = f"params[{projection!r}][{leaf!r}] has no place in that layer."
+                remedy = (
+                    "Its config must do without: `use_gate`, `qk_norm`, `position`, `use_sinks`."
+                )
+                _checks.fail(ValueError, rule, f"names {sorted(params)}", remedy)
 
 
 def _is_zero(entry: Entry, array: np.ndarray) -> None:

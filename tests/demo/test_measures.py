@@ -85,24 +85,58 @@ def test_the_model_does_not_see_the_future(trained):
     assert (before[0, 4] != after[0, 4]).any()
 
 
-@pytest.mark.parametrize("prompt", [b"", b"ab", b"abcdef", b"abcdefghij"])
-def test_generation_follows_the_likeliest_byte(trained, prompt):
+def greedy(model, params, text, count, window):
+    """A plain loop: the likeliest byte after what `window` shows of the text."""
+    for _ in range(count):
+        tokens = jnp.asarray(window(text), jnp.int32)[None]
+        text = [*text, int(model.apply({"params": params}, tokens)[0, -1].argmax())]
+    return bytes(text[-count:])
+
+
+@pytest.mark.parametrize("prompt", [b"", b"abcdef", b"abcdefghij"])
+def test_without_a_cache_the_window_slides(trained, prompt):
     """At a temperature near 0 sampling is argmax, which a plain loop can follow."""
     model, params = trained
-    sampled = generate.generate(
-        model,
-        params,
-        prompt,
-        count=9,
-        context=CONTEXT,
-        temperature=1e-6,
-        sample_key=jax.random.key(0),
-    )
+    how = generate.Sampling(temperature=1e-6)
+    sampled = generate.generate_without_cache(model, params, prompt, 9, how)
     text = list(prompt or b"\n")
-    for _ in range(9):
-        tokens = jnp.asarray(text[-CONTEXT:], jnp.int32)[None]
-        text.append(int(model.apply({"params": params}, tokens)[0, -1].argmax()))
-    assert list(sampled) == text[-9:]
+    assert sampled == greedy(model, params, text, 9, lambda text: text[-CONTEXT:])
+
+
+@pytest.mark.parametrize("prompt", [b"", b"abcdef", b"abcdefghij"])
+def test_with_a_cache_the_last_half_is_read_again(trained, prompt):
+    model, params = trained
+    how = generate.Sampling(temperature=1e-6)
+    sampled = generate.generate(model, params, prompt, 15, how)
+    start = [0]
+
+    def window(text):
+        if len(text) - start[0] >= CONTEXT:
+            start[0] = len(text) - CONTEXT // 2
+        return text[start[0] :]
+
+    assert sampled == greedy(model, params, list(prompt or b"\n"), 15, window)
+
+
+def test_sampling_by_seed_and_top_k(trained):
+    model, params = trained
+    draw = lambda **how: generate.generate(model, params, b"ab", 5, generate.Sampling(**how))
+    assert draw(seed=1, temperature=3.0) == draw(seed=1, temperature=3.0)
+    assert draw(seed=1, temperature=3.0) != draw(seed=2, temperature=3.0)
+    assert draw(seed=1, temperature=3.0, top_k=1) == draw(temperature=1e-6)
+    keys = jax.random.split(jax.random.key(0), 200)
+    logits = jnp.arange(256.0) / 100
+    drawn = jax.vmap(lambda key: generate.Sampling(1.0, top_k=3).draw(key, logits))(keys)
+    assert set(np.asarray(drawn).tolist()) == {253, 254, 255}
+
+
+def test_a_model_with_positions_of_its_own_has_no_learned_ones():
+    tables = {"model": {"layers": 1, "features": 8, "context": 4}}
+    settings = settings_from({**tables, "attention": {"num_heads": 2, "position": "rotary"}})
+    model = Transformer(settings.model, settings.attention)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert "position" not in params
+    assert len(generate.generate(model, params, b"abc", 6, generate.Sampling())) == 6
 
 
 def test_tied_and_untied_heads_have_their_parameters():

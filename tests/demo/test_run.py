@@ -1,6 +1,7 @@
 """Whole runs, small: the files appear, the loss falls, mistakes are told and leave nothing."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -79,6 +80,36 @@ def test_a_run_leaves_its_files_and_learns(paths, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_generates(paths, capsys):
+    config, text, out = paths
+    assert cli.main(["train", config, "--data", text, "--out", str(out), "--no-plots"]) == 0
+    capsys.readouterr()
+    call = ["generate", str(out), "--prompt", "abcdef", "--bytes", "20", "--temperature", "0.05"]
+    assert cli.main(call) == 0
+    printed = capsys.readouterr().out
+    assert "abcdefghabcdefghabcdef" in printed
+    assert re.search(r"[\d,]+ bytes per second with the cache, [\d,]+ without", printed)
+    (out / "params.msgpack").write_bytes(b"\x81\xa5other\xc0")
+    assert cli.main(call) == 2
+    assert "holds no usable run" in capsys.readouterr().err
+    assert cli.main(["generate", str(out / "nothing")]) == 2
+    assert "is not a trained run: it has no settings.json. Train one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--top-k", "-1"], "must be a whole number >= 0, not '-1'"),
+        (["--temperature", "0"], "must be a number above 0"),
+        (["--bytes", "0"], "must be a whole number >= 1"),
+    ],
+)
+def test_bad_options_of_generate(option, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "runs", *option])
+    assert message in capsys.readouterr().err
+
+
 def test_saved_parameters_are_the_trained_ones_and_the_seed_decides(tmp_path):
     train_table = {**TABLES["train"], "steps": 3, "sample_bytes": 0}
     settings = settings_from({**TABLES, "train": train_table})

@@ -70,6 +70,7 @@ def test_what_the_framework_lacks_is_zero_or_refused():
     [
         ("o.weight", np.transpose, r"`o.weight` must be \[E, N V\] = \(\?, 39\).*transposed\?"),
         ("q.weight", lambda x: np.tile(x, (3, 1)), r"\[N H, D\] = \(33, \?\).*\(99, 17\).*packed"),
+        ("q.weight", lambda x: np.ones((99, 33), "float32"), "packed"),  # though transposed fits
         ("q.weight", lambda x: x[:-H], r"\[N H, D\] = \(33, \?\).*shape \(22, 17\).*num_heads"),
         ("q.weight", lambda x: x[0], r"\[N H, D\] = \(33, \?\).*shape \(17,\).*num_heads"),
         ("o.bias", lambda x: x[1:], r"`o.bias` must be \[E\] = \(29\).*shape \(28,\)"),

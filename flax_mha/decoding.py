@@ -1,0 +1,133 @@
+"""Caches for generation: of a decoder's own tokens, and of an encoder's output.
+
+Prefill and steps are one call, `multi_head_attention(..., cache=cache)`, with any number of tokens.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha import _checks
+from flax_mha._call import Restrictions, prepare
+from flax_mha._heads import key_heads, value_heads
+from flax_mha._typing import Array, ParamsLike
+from flax_mha.caches import CrossCache, KVCache
+from flax_mha.config import MultiHeadAttentionConfig
+
+
+def init_cache(
+    config: MultiHeadAttentionConfig,
+    batch_shape: int | Sequence[int],
+    capacity: int,
+    dtype: Any = None,
+) -> KVCache:
+    """An empty cache for one layer.
+
+    Args:
+        config: the layer; its `num_kv_heads` and `sliding_window` make the cache small.
+        batch_shape: the batch axes of the inputs, an int or a tuple; () for one sequence `[T, D]`.
+        capacity: the most tokens that an example may have, prompt included. With a sliding window
+            of at most that size, the cache is a ring of the window's size, and never full.
+        dtype: the compute dtype; None = the config's, or float32.
+
+    Returns:
+        A `KVCache` of zeros with length 0.
+
+    Raises:
+        ValueError: a capacity below 1.
+        TypeError: a dtype that is not floating.
+
+    Memory: 2 K S H numbers an example, S = min(capacity, sliding_window).
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16, num_kv_heads=2)
+        >>> x = jax.random.normal(jax.random.key(0), (3, 7, 64))
+        >>> params = flax_mha.init_params(jax.random.key(1), config, x.shape)
+        >>> attend = lambda x, cache: flax_mha.multi_head_attention(
+        ...     params, x, x, config=config, cache=cache, use_causal_mask=True
+        ... )
+        >>> cache = flax_mha.init_cache(config, 3, capacity=100)
+        >>> prompt, cache = attend(x[:, :5], cache)
+        >>> step, cache = attend(x[:, 5:6], cache)
+        >>> step.shape, cache.length.tolist()
+        ((3, 1, 64), [6, 6, 6])
+    """
+    _checks.instance("config", config, MultiHeadAttentionConfig)
+    slots = _checks.integer("capacity", capacity, minimum=1)
+    window = config.sliding_window
+    is_ring = window is not None and window <= slots
+    slots = window if window is not None and is_ring else slots
+    batch = (batch_shape,) if hasattr(batch_shape, "__index__") else tuple(batch_shape)
+    batch = tuple(_checks.integer("batch_shape", size, minimum=0) for size in batch)
+    name = _checks.floating_dtype("dtype", dtype or config.dtype or "float32")
+    _checks.x64_enabled("dtype", name)
+    _, K, H, V = config.dims
+    return KVCache(
+        jnp.zeros((*batch, K, slots, H), name),
+        jnp.zeros((*batch, K, slots, V), name),
+        jnp.zeros(batch, "int32"),
+        is_ring,
+    )
+
+
+def init_cross_cache(
+    params: ParamsLike,
+    value: Array,
+    key: Array | None = None,
+    *,
+    config: MultiHeadAttentionConfig,
+    value_mask: Array | None = None,
+) -> CrossCache:
+    """An encoder's keys and values, projected once for all steps of a decoder.
+
+    Args:
+        params: the layer's parameters.
+        value: the encoder's output `[B, S, M]`.
+        key: `[B, S, C]`; None = value.
+        config: the layer.
+        value_mask: booleans `[B, S]`, True = real.
+
+    Returns:
+        A `CrossCache`: pass it as `cache=`, with `value=None`.
+
+    Raises:
+        As `multi_head_attention`.
+
+    Memory: O(B S (H + V) K).
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16)
+        >>> encoded = jax.random.normal(jax.random.key(0), (3, 7, 64))
+        >>> params = flax_mha.init_params(jax.random.key(1), config, encoded.shape)
+        >>> cache = flax_mha.init_cross_cache(params, encoded, config=config)
+        >>> query = jax.random.normal(jax.random.key(2), (3, 1, 64))
+        >>> flax_mha.multi_head_attention(params, query, None, config=config, cache=cache)[0].shape
+        (3, 1, 64)
+    """
+    _checks.instance("config", config, MultiHeadAttentionConfig)
+    _checks.floating_array("value", value, "[B, S, M]")
+    mask = None if value_mask is None else _checks.boolean_mask("value_mask", value_mask)
+    return _project_source(params, value, value if key is None else key, mask, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _project_source(
+    params: ParamsLike,
+    value: Array,
+    key: Array,
+    mask: Array | None,
+    *,
+    config: MultiHeadAttentionConfig,
+) -> CrossCache:
+    D = params["query"]["kernel"].shape[0]
+    query = jax.ShapeDtypeStruct((*value.shape[:-1], D), value.dtype)
+    nobody = jnp.zeros(query.shape, query.dtype)  # queries are not needed, only their shape
+    call = prepare(params, (nobody, value, key), Restrictions(value_mask=mask), config, False)
+    batch = call.folding.batch
+    fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731
+    return CrossCache(fold(key_heads(params, call, config)), fold(value_heads(params, call)), mask)

@@ -1,0 +1,183 @@
+"""Equinox's `eqx.nn.MultiheadAttention`, in and out: the config and the weights of one layer.
+
+Equinox itself is not imported: its modules are read by their attributes, and made from another of
+their kind.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha import _checks
+from flax_mha._typing import Params, ParamsLike
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.interop._layout import Entry, from_table, to_table
+
+# Where Equinox keeps each projection, and the axes of its weight and its bias there.
+_PLACES = {
+    "query": ("query_proj", "(N H) D", "(N H)"),
+    "key": ("key_proj", "(K H) C", "(K H)"),
+    "value": ("value_proj", "(K V) M", "(K V)"),
+    "attention_output": ("output_proj", "E (N V)", "E"),
+}
+# Fields of the config that change what a layer computes, and their only values in Equinox.
+_FIXED = {
+    "use_gate": False,
+    "attention_axes": None,
+    "sliding_window": None,
+    "position": None,
+    "qk_norm": None,
+    "soft_cap": None,
+    "use_sinks": False,
+    "dtype": None,
+}
+
+
+def from_equinox(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
+    """The config and the parameters of an `equinox.nn.MultiheadAttention`.
+
+    Args:
+        module: the layer. Its biases may be there in some projections alone; the missing ones come
+            as zeros. Whether it is in inference mode does not matter: here a key means dropout.
+
+    Returns:
+        `(config, params)` such that, for one sequence `[T, D]`, `[S, C]`, `[S, M]`,
+        `multi_head_attention(params, query, value, key, config=config)` is
+        `module(query, key, value)`. The arrays keep their dtypes.
+
+    Raises:
+        TypeError: not such a module, or weights that are not arrays of floats.
+        ValueError: weights that do not fit it, such as those of several layers stacked.
+
+    Differs from Equinox: (1) the order is query, value, key; (2) any number of batch axes goes
+    without vmap; (3) a query that may attend nowhere has context 0, not mean(value).
+
+    Example:
+        >>> import pytest
+        >>> equinox = pytest.importorskip("equinox")
+        >>> import jax
+        >>> from flax_mha.interop.equinox import from_equinox
+        >>> module = equinox.nn.MultiheadAttention(4, 32, dropout_p=0.1, key=jax.random.key(0))
+        >>> config, params = from_equinox(module)
+        >>> config.dims, config.dropout, params["query"]["kernel"].shape
+        (HeadDims(N=4, K=4, H=8, V=8), 0.1, (32, 4, 8))
+    """
+    arrays = _arrays(module)
+    config = MultiHeadAttentionConfig(
+        num_heads=module.num_heads,
+        key_dim=module.qk_size,
+        value_dim=module.vo_size,
+        dropout=_rate(module),
+        use_bias=any(name.endswith("bias") for name in arrays),
+        output_shape=module.output_size,
+        param_dtype=str(arrays["query_proj.weight"].dtype),
+    )
+    return config, from_table(_table(config, arrays), arrays, config)
+
+
+def to_equinox(params: ParamsLike, config: MultiHeadAttentionConfig, module_like: Any) -> Any:
+    """An `equinox.nn.MultiheadAttention` with these parameters, the inverse of `from_equinox`.
+
+    Args:
+        params: what `init_params` returns.
+        config: the layer. Initializers, regularizers, constraints, `seed`, `precision` and
+            `implementation` do not belong to the weights, and stay behind.
+        module_like: a module of the wanted sizes and biases; its arrays are replaced, and may be
+            `jax.ShapeDtypeStruct`s, as `equinox.filter_eval_shape` makes them.
+
+    Returns:
+        A copy of `module_like` whose arrays are these parameters, in their dtypes.
+
+    Raises:
+        ValueError: `module_like` has other sizes or another dropout rate, or lacks a bias that is
+            not zero; the config asks for what Equinox does not have (a gate, grouped heads, a
+            window, attention axes, a compute dtype, an output of several axes).
+        TypeError: `module_like` is not such a module.
+
+    Example:
+        >>> import pytest
+        >>> equinox = pytest.importorskip("equinox")
+        >>> import jax
+        >>> from flax_mha.interop.equinox import from_equinox, to_equinox
+        >>> module = equinox.nn.MultiheadAttention(4, 32, key=jax.random.key(0))
+        >>> config, params = from_equinox(module)
+        >>> bool(equinox.tree_equal(to_equinox(params, config, module), module))
+        True
+    """
+    likes = _arrays(module_like)
+    _only_what_equinox_has(config)
+    _same_layer(config, module_like, likes)
+    arrays = to_table(_table(config, likes), params, config)
+    for name, like in likes.items():
+        if arrays[name].shape != like.shape:
+            rule = f"`module_like.{name}` must be {arrays[name].shape}, as the parameters are."
+            _checks.fail(ValueError, rule, f"shape {tuple(like.shape)}")
+
+    def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path).removeprefix(".")
+        return jnp.asarray(arrays[name]) if name in arrays else leaf
+
+    return jax.tree_util.tree_map_with_path(replaced, module_like)
+
+
+def _arrays(module: Any) -> dict[str, Any]:
+    """Weights and biases by the names of their attributes: "query_proj.weight"."""
+    arrays = {}
+    for place, _, _ in _PLACES.values():
+        for leaf in ("weight", "bias"):
+            array = getattr(getattr(module, place, None), leaf, None)
+            if array is not None:
+                arrays[f"{place}.{leaf}"] = array
+        if not _checks.is_array(arrays.get(f"{place}.weight")):
+            rule = (
+                "The module must be an equinox.nn.MultiheadAttention, with its own Linear layers."
+            )
+            evidence = f"{type(module).__name__} without an array `{place}.weight`"
+            _checks.fail(TypeError, rule, evidence)
+    return arrays
+
+
+def _rate(module: Any) -> float:
+    """Equinox lets the rate be a 0-dimensional array."""
+    p = module.dropout.p
+    return float(p) if _checks.is_array(p) and p.shape == () else p
+
+
+def _table(config: MultiHeadAttentionConfig, arrays: Any) -> list[Entry]:
+    """Every array of the layer; a bias that Equinox's lacks has no name there."""
+    table = []
+    for projection, (place, weight_axes, bias_axes) in _PLACES.items():
+        table.append(Entry((projection, "kernel"), f"{place}.weight", weight_axes))
+        if config.use_bias:
+            name = f"{place}.bias"
+            table.append(Entry((projection, "bias"), name if name in arrays else None, bias_axes))
+    return table
+
+
+def _only_what_equinox_has(config: MultiHeadAttentionConfig) -> None:
+    N, K, _, _ = config.dims
+    asked = {name: getattr(config, name) for name in _FIXED} | {"num_kv_heads": K}
+    for name, only in {**_FIXED, "num_kv_heads": N}.items():
+        if asked[name] != only:
+            rule = f"Equinox's layer has no `{name}`: it must be {only!r} in the config."
+            _checks.fail(ValueError, rule, f"{name}={asked[name]!r}")
+    if len(config.output_shape or ()) > 1:
+        rule = "Equinox's layer has one output axis: `output_shape` must be an int."
+        _checks.fail(ValueError, rule, f"output_shape={config.output_shape}")
+
+
+def _same_layer(config: MultiHeadAttentionConfig, module: Any, arrays: Any) -> None:
+    """What shapes do not show: 4 heads of 8 have the arrays of 8 heads of 4."""
+    N, _, H, V = config.dims
+    ours = {"num_heads": N, "qk_size": H, "vo_size": V, "dropout.p": config.dropout}
+    sizes = (module.num_heads, module.qk_size, module.vo_size, _rate(module))
+    theirs = dict(zip(ours, sizes))
+    if ours != theirs:
+        _checks.fail(ValueError, f"`module_like` must have the config's {ours}.", f"{theirs}")
+    biases = [name for name in arrays if name.endswith("bias")]
+    if biases and not config.use_bias:
+        rule = "`module_like` must have no biases where the config has `use_bias=False`."
+        _checks.fail(
+            ValueError, rule, f"{biases}", "Make it with `use_query_bias=False` and so on."
+        )

@@ -1,0 +1,262 @@
+"""The flax.nnx module: `nnx.Param`s, rng streams and modes around the pure function."""
+
+import inspect
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_mha import _checks
+from flax_mha._typing import Array, Params, ParamsLike, PRNGKey
+from flax_mha.caches import CrossCache, KVCache
+from flax_mha.config import MultiHeadAttentionConfig, field_names
+from flax_mha.functional import Activations, forward, results
+from flax_mha.losses import regularization_loss
+from flax_mha.params import LETTERS, check_params, init_params
+
+
+def _config_arguments(init: Any) -> Any:
+    """Shows `*args, **fields` of a constructor as the config's arguments, written there alone."""
+    parameters = [*inspect.signature(init).parameters.values()]
+    self, own = parameters[:1], [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    arguments = inspect.signature(MultiHeadAttentionConfig).parameters.values()
+    init.__signature__ = inspect.Signature([*self, *arguments, *own])
+    return init
+
+
+class Projection(nnx.Module):
+    """One linear map's parameters: `kernel`, and `bias` in a layer with biases, as `nnx.Param`s."""
+
+    def __init__(self, arrays: ParamsLike):
+        for leaf, array in arrays.items():
+            setattr(self, leaf, nnx.Param(array))
+
+
+class MultiHeadAttention(nnx.Module):
+    """Keras's MultiHeadAttention as a flax.nnx module; `layer.params` is the params tree.
+
+    Dropout acts in training: after `train()`, until `eval()`, or in a call with `training=True`.
+    Its key comes from the call's `rngs`, or from the stream that the layer holds as `layer.rngs`:
+    a fork of the constructor's "dropout" stream, or one that starts from `seed` where that is set.
+
+    A penalty is a number that the loss adds, and no hidden state: `layer.regularization_loss()`,
+    and `activity_loss(layer.forward(query, value), layer.config)`.
+
+    Args:
+        *args: the arguments of `MultiHeadAttentionConfig`, where they are explained.
+        query_features: D, the query's last size.
+        value_features: M, the value's last size; None = query_features.
+        key_features: C, the key's last size; None = value_features.
+        rngs: `nnx.Rngs`; its stream "params" initializes, and "dropout" is forked with dropout > 0.
+        **fields: likewise, by name.
+
+    Memory: as `multi_head_attention`.
+
+    Differs from Keras: (1) sizes are arguments, for nnx makes parameters at once; (2) a new layer
+    is in evaluation mode. Differs from flax.nnx.MultiHeadAttention: (1) dropout with neither mode
+    nor `training` is off, not an error; (2) the order of a call is query, value, key.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flax_mha.nnx import MultiHeadAttention
+        >>> layer = MultiHeadAttention(2, 16, dropout=0.1, query_features=32, rngs=nnx.Rngs(0))
+        >>> x = jax.random.normal(jax.random.key(0), (4, 8, 32))
+        >>> layer(x, x, training=True).shape
+        (4, 8, 32)
+        >>> layer.query.kernel.shape, layer.params["query"]["kernel"].shape
+        ((32, 2, 16), (32, 2, 16))
+    """
+
+    @_config_arguments
+    def __init__(
+        self,
+        *args: Any,
+        query_features: int,
+        value_features: int | None = None,
+        key_features: int | None = None,
+        rngs: nnx.Rngs,
+        **fields: Any,
+    ):
+        _checks.known_names("A field of MultiHeadAttention", fields, field_names())
+        self.config = MultiHeadAttentionConfig(*args, **fields)
+        self.deterministic = True
+        init_key = _stream("params", rngs)()
+        sizes = _sizes(query_features, value_features, key_features)
+        for name, arrays in cast(ParamsLike, init_params(init_key, self.config, *sizes)).items():
+            setattr(self, name, Projection(arrays))
+        self.rngs = nnx.data(_dropout_stream(self.config, rngs))
+
+    @classmethod
+    def from_config(
+        cls, config: MultiHeadAttentionConfig, **features_and_rngs: Any
+    ) -> "MultiHeadAttention":
+        """A layer with the config's fields; the rest as in the constructor."""
+        fields = {name: getattr(config, name) for name in field_names()}
+        return cls(**fields, **features_and_rngs)
+
+    @classmethod
+    def from_params(
+        cls, params: ParamsLike, config: MultiHeadAttentionConfig, *, rngs: nnx.Rngs | None = None
+    ) -> "MultiHeadAttention":
+        """A layer around given parameters; `rngs` serves dropout alone."""
+        layer = nnx.eval_shape(
+            lambda: cls.from_config(config, **_features(params), rngs=nnx.Rngs(params=0))
+        )
+        layer.set_params(params)
+        layer.rngs = nnx.data(_dropout_stream(config, rngs))
+        return layer
+
+    @property
+    def params(self) -> Params:
+        """The layer's parameters now, as `multi_head_attention` takes them."""
+        names = [name for name in LETTERS if hasattr(self, name)]
+        params = {name: nnx.to_pure_dict(nnx.state(getattr(self, name))) for name in names}
+        return cast(Params, params)
+
+    def set_params(self, params: ParamsLike) -> None:
+        """Replaces the parameters; a tree that does not fit the layer is refused by name."""
+        now = cast(ParamsLike, self.params)
+        D, M, C = (now[name]["kernel"].shape[:1] for name in ("query", "value", "key"))
+        check_params(params, self.config, D, M, C)
+        nnx.update(self, {name: jax.tree.map(jnp.asarray, dict(params[name])) for name in now})
+
+    def __call__(
+        self,
+        query: Array,
+        value: Array | None,
+        key: Array | None = None,
+        query_mask: Array | None = None,
+        value_mask: Array | None = None,
+        key_mask: Array | None = None,
+        attention_mask: Array | None = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        *,
+        bias: Array | None = None,
+        segment_ids: Array | tuple[Array, Array] | None = None,
+        positions: Array | tuple[Array, Array] | None = None,
+        cache: KVCache | CrossCache | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | PRNGKey | None = None,
+    ) -> Any:
+        """See `multi_head_attention`; `training=None` is the mode of `train()` and `eval()`.
+
+        `rngs` is `nnx.Rngs`, of which "dropout" is drawn, a stream or one key; it goes before the
+        stream that the layer holds.
+        """
+        activations = self.forward(
+            query,
+            value,
+            key,
+            training=training,
+            rngs=rngs,
+            use_causal_mask=use_causal_mask,
+            return_attention_scores=return_attention_scores,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            bias=bias,
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+        )
+        return results(activations, return_attention_scores)
+
+    def forward(
+        self,
+        query: Array,
+        value: Array | None,
+        key: Array | None = None,
+        *,
+        training: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | PRNGKey | None = None,
+        **call: Any,
+    ) -> Activations:
+        """A call with everything it computed, as `flax_mha.forward`: what `activity_loss` needs."""
+        training = not self.deterministic if training is None else training
+        training = _checks.boolean("training", training)
+        return forward(
+            cast(ParamsLike, self.params),
+            query,
+            value,
+            key,
+            config=self.config,
+            dropout_key=self._dropout_key(rngs) if training else None,
+            **call,
+        )
+
+    def regularization_loss(self) -> Array:
+        """`flax_mha.regularization_loss` of this layer's parameters: a scalar for the loss."""
+        return regularization_loss(cast(ParamsLike, self.params), self.config)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` may change.
+
+        Args:
+            deterministic: if True, dropout is off.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _dropout_key(self, rngs: Any) -> PRNGKey | None:
+        """The next key of the call's `rngs`, or else of the stream that the layer holds."""
+        rngs = self.rngs if rngs is None else rngs
+        if self.config.dropout == 0:
+            return None
+        if rngs is None:
+            rule = "Training with dropout > 0 needs a PRNG key."
+            remedy = (
+                "Pass `rngs=nnx.Rngs(dropout=0)` at construction or in the call, or set `seed`."
+            )
+            evidence = f"dropout={self.config.dropout}, no `rngs`"
+            _checks.fail(ValueError, rule, evidence, remedy)
+        if isinstance(rngs, jax.Array):
+            return rngs
+        return rngs() if isinstance(rngs, nnx.RngStream) else _stream("dropout", rngs)()
+
+
+def _sizes(D: int, M: int | None, C: int | None) -> list[tuple[int]]:
+    """The features of query, value and key as shapes; those not given follow as in a call."""
+    M = D if M is None else M
+    features = {"query_features": D, "value_features": M, "key_features": M if C is None else C}
+    return [(_checks.integer(name, size, minimum=1),) for name, size in features.items()]
+
+
+def _features(params: Any) -> dict[str, int]:
+    """The features of a tree; 1 for a kernel that it lacks, which `check_params` then names."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+    names = ("query", "value", "key")
+    return {f"{name}_features": shapes.get(f"['{name}']['kernel']", (1,))[0] for name in names}
+
+
+def _stream(name: str, rngs: Any) -> nnx.RngStream:
+    """The named stream, or the default one in its place."""
+    streams = _streams(rngs)
+    if not {name, "default"} & streams:
+        rule = f"`rngs` must have the stream {name!r} or a default one."
+        _checks.fail(ValueError, rule, f"the streams {sorted(streams)}", "Pass `rngs=nnx.Rngs(0)`.")
+    return rngs[name]
+
+
+def _streams(rngs: Any) -> set[str]:
+    if not isinstance(rngs, nnx.Rngs):
+        evidence = f"rngs of type {type(rngs).__name__}"
+        _checks.fail(TypeError, "`rngs` must be an nnx.Rngs.", evidence, "Pass `rngs=nnx.Rngs(0)`.")
+    return set(rngs)
+
+
+def _dropout_stream(
+    config: MultiHeadAttentionConfig, rngs: nnx.Rngs | None
+) -> nnx.RngStream | None:
+    """The stream that a layer holds; none where there is no dropout, or nothing to fork."""
+    if config.dropout == 0:
+        return None
+    if config.seed is not None:
+        return nnx.RngStream(config.seed, tag="dropout")
+    if rngs is None or not {"dropout", "default"} & _streams(rngs):
+        return None
+    return _stream("dropout", rngs).fork()
