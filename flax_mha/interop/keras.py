@@ -1,0 +1,263 @@
+"""Keras weights and Keras files, in and out; Keras itself need not be installed.
+
+Keras's arrays have the axes of `flax_mha.params.LETTERS`, so nothing is split or transposed. Files
+need h5py: `pip install 'flax_mha[keras]'`.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flax_mha import _checks
+from flax_mha._typing import Params, ParamsLike, Shape
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.interop import _keras_layers, _keras_save
+from flax_mha.interop._keras_arrays import check, params_from, places_of, tree_of
+from flax_mha.interop._keras_config import CLASSES
+from flax_mha.interop._keras_file import open_keras_file
+from flax_mha.interop._keras_tree import read_array
+
+PathLike = str | os.PathLike[str]
+
+
+class KerasLayer(NamedTuple):
+    """One attention layer of a file: what `layer=` may be (path or name), and its arrays' shapes.
+
+    `name` is the user's, below the names of the models that hold the layer: `encoder/attention`.
+    """
+
+    path: str
+    name: str | None
+    class_name: str
+    shapes: dict[str, Shape]
+
+
+def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig) -> Params:
+    """The parameter tree from `layer.get_weights()` of a Keras layer with this config.
+
+    Args:
+        weights: arrays in Keras's order: query, key, [gate,] value, attention_output; of each the
+            kernel and, with `use_bias`, the bias. The gate stands between key and value.
+        config: the layer; `num_kv_heads` is set for a `GroupQueryAttention`.
+
+    Returns:
+        The tree of `param_shapes`, bit for bit the same numbers and dtypes.
+
+    Raises:
+        ValueError: too many or too few arrays, or a shape that does not fit, by name.
+        TypeError: arrays of integers, as of a quantized layer.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax_mha import MultiHeadAttentionConfig
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, use_bias=False)
+        >>> kernels = [np.ones((8, 2, 4), "float32")] * 3 + [np.ones((2, 4, 8), "float32")]
+        >>> params = from_keras_weights(kernels, config)
+        >>> [array.shape for array in to_keras_weights(params, config)]
+        [(8, 2, 4), (8, 2, 4), (8, 2, 4), (2, 4, 8)]
+    """
+    places = places_of(config)
+    if len(weights) != len(places):
+        rule = f"`weights` must be {len(places)} arrays: {['/'.join(place) for place in places]}."
+        evidence = f"{len(weights)} arrays of shapes {[np.shape(array) for array in weights]}"
+        remedy = (
+            "Do `use_bias`, `use_gate` agree? Is it quantized, or are adapters (LoRA) not merged?"
+        )
+        _checks.fail(ValueError, rule, evidence, remedy)
+    return params_from({place: np.asarray(array) for place, array in zip(places, weights)}, config)
+
+
+def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> list[np.ndarray]:
+    """What `layer.set_weights` of a built Keras layer takes: the inverse of `from_keras_weights`.
+
+    Args:
+        params: the layer's parameters.
+        config: the layer.
+
+    Returns:
+        NumPy arrays in Keras's order.
+
+    Raises:
+        ValueError: parameters that do not fit the config.
+    """
+    check(params, config)
+    return [np.asarray(params[projection][leaf]) for projection, leaf in places_of(config)]
+
+
+def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
+    """(config, params) of a built Keras `MultiHeadAttention` or `GroupQueryAttention`.
+
+    Args:
+        layer: the layer itself. Only its class's name, `get_config()` and `get_weights()` are read.
+
+    Returns:
+        The config, with the layer's dtype policy as `dtype` and `param_dtype`, and the parameters.
+
+    Raises:
+        ValueError: the layer is not built, or has what this package lacks: adapters,
+            quantization, a custom initializer, an `activity_regularizer` with grouped heads.
+        TypeError: another layer, a class derived from the two included.
+
+    Differs from Keras: (1) `flash_attention` is not taken over; see `implementation`. (2) Axes
+    stay as Keras resolved them at build, e.g. `attention_axes=(1,)`.
+    """
+    cls = type(layer)
+    class_name = CLASSES.get(cls.__name__)
+    if class_name is None or cls.__module__.split(".")[0] != "keras":
+        rule = (
+            "`layer` must be keras.layers.MultiHeadAttention or keras.layers.GroupQueryAttention."
+        )
+        remedy = "A derived class may compute something else: use `from_keras_weights`."
+        _checks.fail(TypeError, rule, f"{cls.__module__}.{cls.__qualname__}", remedy)
+    if not layer.built:
+        remedy = "Call it, or `layer.build(query_shape, value_shape)`."
+        _checks.fail(ValueError, "The Keras layer must be built.", f"{layer.name!r}", remedy)
+    config = _keras_layers.config_from_fields(class_name, layer.get_config())
+    return config, from_keras_weights(layer.get_weights(), config)
+
+
+def list_keras_layers(path: PathLike) -> list[KerasLayer]:
+    """The attention layers in a `.keras` or `.weights.h5` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One `KerasLayer(path, name, class_name, shapes)` each, in order of path. Layers of any
+        class with the arrays of Keras's attention are found, KerasHub's for example.
+
+    Raises:
+        ValueError: a damaged or hostile file, or one of another format.
+        ImportError: h5py is not installed.
+    """
+    with open_keras_file(path) as file:
+        layers = _keras_layers.contents(file).attention.values()
+        return [KerasLayer(x.path, x.name, x.class_name, x.shapes) for x in layers]
+
+
+def load_keras_file(
+    path: PathLike, layer: str | None = None, config: MultiHeadAttentionConfig | None = None
+) -> tuple[MultiHeadAttentionConfig, Params]:
+    """(config, params) of one attention layer in a `.keras` or `.weights.h5` file.
+
+    Nothing in the file is executed, unpickled or extracted; its arrays are read into memory only
+    if the file is as large as they are.
+
+    Args:
+        path: the file.
+        layer: the layer's name in Keras, `attention` or below its models' names
+            `encoder/attention`; or its path in the file, `layers/multi_head_attention_1`. None:
+            the only attention layer of the file.
+        config: the layer's config; None reads it from the archive's config.json, or, for a
+            `.weights.h5` file, infers it: num_heads, key_dim, value_dim, use_bias, output_shape,
+            use_gate, num_kv_heads and param_dtype follow from the shapes. **Nothing tells** of
+            `attention_axes` and `sliding_window`, which change the numbers, nor of dropout,
+            initializers, regularizers, constraints and seed: these get their defaults.
+
+    Returns:
+        The config, and the parameters bit for bit.
+
+    Raises:
+        ValueError: no such layer or several, with a list of the file's attention layers; a config
+            that does not fit; an archive whose config.json does not describe the layer (it
+            belongs to a custom class); a damaged or hostile file.
+        ImportError: h5py is not installed.
+
+    Example:
+        >>> import os, tempfile, jax
+        >>> from flax_mha import MultiHeadAttentionConfig, init_params
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, value_dim=3)
+        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
+        >>> list_keras_layers(path)[0].shapes["value/kernel"]
+        (8, 2, 3)
+        >>> loaded_config, loaded = load_keras_file(path)
+        >>> loaded_config == config
+        True
+        >>> bool((loaded["value"]["kernel"] == params["value"]["kernel"]).all())
+        True
+    """
+    with open_keras_file(path) as file:
+        model = _keras_layers.contents(file)
+        found = _keras_layers.attention_layer(layer, model)
+        _keras_layers.check_ordinary(found)
+        config = _keras_layers.config_of(found, model) if config is None else config
+        structs = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, (_, x) in found.arrays.items()}
+        check(tree_of(structs), config)  # before anything is read
+        arrays = {place: read_array(*stored) for place, stored in found.arrays.items()}
+    return config, params_from(arrays, config)
+
+
+def read_keras_arrays(path: PathLike, layer: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a `.keras` or `.weights.h5` file, of any layers: to port the rest of a model.
+
+    Args:
+        path: the file.
+        layer: a layer's or inner model's name or path, as in `load_keras_file`; None = everything,
+            the optimizer's state too.
+
+    Returns:
+        Arrays by their path in the file (below the layer's, if one is named), in Keras's order:
+        of a Dense layer `{"vars/0": kernel, "vars/1": bias}`.
+
+    Raises:
+        ValueError: no such layer, or several; a damaged or hostile file.
+        ImportError: h5py is not installed.
+
+    Example:
+        >>> import os, tempfile, jax
+        >>> from flax_mha import MultiHeadAttentionConfig, init_params
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, use_bias=False)
+        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"attention": (config, params)})
+        >>> list(read_keras_arrays(path, "attention"))[0]
+        'key_dense/vars/0'
+    """
+    with open_keras_file(path) as file:
+        model = _keras_layers.contents(file)
+        prefix = ""
+        if layer is not None:
+            prefix = _keras_layers.any_layer(layer, model) + "/"
+        arrays = {p: x for p, x in model.tree.arrays.items() if p.startswith(prefix)}
+        return {p.removeprefix(prefix): read_array(p, stored) for p, stored in arrays.items()}
+
+
+def save_keras_weights(
+    path: PathLike,
+    layers: Mapping[str, tuple[MultiHeadAttentionConfig, ParamsLike]],
+    like: PathLike | None = None,
+) -> None:
+    """Writes attention layers to a file that Keras loads.
+
+    Args:
+        path: the file to write, or to replace when all is written.
+        layers: `{layer: (config, params)}`.
+        like: an existing `.keras` or `.weights.h5` file, which is copied with these layers' numbers
+            replaced; then a layer is named as in `load_keras_file`. None: a new `.weights.h5` of
+            these layers alone, by their paths in the file: the layers of a functional or
+            sequential model are `layers/multi_head_attention`, `layers/multi_head_attention_1`
+            and so on in the model's order, whatever their names;
+            `layers/grouped_query_attention` where `num_kv_heads` is set.
+
+    Raises:
+        ValueError: parameters that do not fit their config or the layer in `like`, an unknown
+            layer, a file name with another ending, a damaged or hostile `like`.
+        ImportError: h5py is not installed.
+
+    Differs from Keras: (1) with `like` the archive's config.json stays as it is, so a changed
+    dropout or sliding window is not written; (2) the file is replaced at once, never half written.
+    """
+    arrays = {}
+    for name, (config, params) in layers.items():
+        places = zip(places_of(config), to_keras_weights(params, config))
+        arrays[name] = (config, dict(places))
+    if like is None:
+        _keras_save.write_new(pathlib.Path(path), arrays)
+    else:
+        _keras_save.write_copy(pathlib.Path(path), arrays, like)
