@@ -52,18 +52,23 @@ LAYERS = [
     ["interop.keras"],
     ["linen", "nnx"],
     ["interop.equinox"],
-    ["interop._flax_attention"],
+    ["interop._flax_attention", "interop._flax_weights"],
+    ["interop._flax_modules"],
     ["interop.__init__", "interop.flax", "interop.jax_nn"],
     ["__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAY_IMPORT = {"flax": ("linen", "nnx", "interop.flax", "demo"), "optax": ("updates", "demo")}
-OPTIONAL = {"matplotlib", "keras", "h5py", "torch", "safetensors", "equinox"}
+MAY_IMPORT = {
+    "flax": ("linen", "nnx", "interop.flax", "demo", "bench"),
+    "optax": ("updates", "demo"),
+}
+OPTIONAL = {"matplotlib", "keras", "h5py", "torch", "safetensors", "equinox", "haiku"}
+ON_TOP = ("demo.", "bench.")
 
 
 def level(module: str) -> float:
-    """The demo stands on top of everything; its own files may import each other."""
-    return float("inf") if module.startswith("demo.") else LEVEL[module]
+    """Demo and bench stand on top of everything; their own files may import each other."""
+    return float("inf") if module.startswith(ON_TOP) else LEVEL[module]
 
 
 def imported(source: str) -> list[tuple[str, bool]]:
@@ -161,7 +166,7 @@ def test_einsum_strings_spell_the_suffixes(module):
 
 
 def test_every_module_has_a_layer_and_every_layer_a_module():
-    named = {name for name in SOURCES if not name.startswith("demo.")}
+    named = {name for name in SOURCES if not name.startswith(ON_TOP)}
     assert named == set(LEVEL)
 
 
@@ -188,6 +193,7 @@ def test_equations_are_found_where_they_are():
         (layer_violations, "config", "from flax_mha import MultiHeadAttention"),
         (package_violations, "functional", "from flax import linen"),
         (package_violations, "losses", "import optax"),
+        (package_violations, "bench.peers.haiku", "import haiku"),
         (package_violations, "demo.plots", "import matplotlib.pyplot as plt"),
         (einsum_violations, "x", "y_BTNH = jnp.einsum('BTD,DNH->BTHN', x_BTD, w_DNH)"),
         (einsum_violations, "x", "y = jnp.einsum('BTD,DNH->BTNH', x_BSD, w_DNH)"),

@@ -83,6 +83,14 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
 
     Raises:
         ValueError: parameters that do not fit the config.
+
+    Example:
+        >>> import jax
+        >>> from flax_mha import MultiHeadAttentionConfig, init_params
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> len(to_keras_weights(params, config))
+        8
     """
     check(params, config)
     return [np.asarray(params[projection][leaf]) for projection, leaf in places_of(config)]
@@ -104,6 +112,11 @@ def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
 
     Differs from Keras: (1) `flash_attention` is not taken over; see `implementation`. (2) Axes
     stay as Keras resolved them at build, e.g. `attention_axes=(1,)`.
+
+    Example (where Keras is installed):
+        layer = keras.layers.MultiHeadAttention(2, 4)
+        layer.build((1, 5, 8), (1, 5, 8))
+        config, params = from_keras_layer(layer)
     """
     cls = type(layer)
     class_name = CLASSES.get(cls.__name__)
@@ -133,6 +146,16 @@ def list_keras_layers(path: PathLike) -> list[KerasLayer]:
     Raises:
         ValueError: a damaged or hostile file, or one of another format.
         ImportError: h5py is not installed.
+
+    Example:
+        >>> import os, tempfile, jax
+        >>> from flax_mha import MultiHeadAttentionConfig, init_params
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
+        >>> [layer.path for layer in list_keras_layers(path)]
+        ['layers/multi_head_attention']
     """
     with open_keras_file(path) as file:
         layers = _keras_layers.contents(file).attention.values()
@@ -252,6 +275,16 @@ def save_keras_weights(
 
     Differs from Keras: (1) with `like` the archive's config.json stays as it is, so a changed
     dropout or sliding window is not written; (2) the file is replaced at once, never half written.
+
+    Example:
+        >>> import os, tempfile, jax
+        >>> from flax_mha import MultiHeadAttentionConfig, init_params
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
+        >>> layers = {"layers/multi_head_attention": (config, jax.tree.map(abs, params))}
+        >>> save_keras_weights(path, layers, like=path)
     """
     arrays = {}
     for name, (config, params) in layers.items():

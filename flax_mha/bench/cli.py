@@ -1,0 +1,122 @@
+"""The command line: `python -m flax_mha.bench --set NAME`."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_mha.bench.cases import SETS, BenchError, Case
+from flax_mha.bench.environment import describe, set_omp_wait
+from flax_mha.bench.peers import CONTENDERS, PEERS
+from flax_mha.bench.run import Settings, run
+
+_SKIPPABLE = ("compile", "memory", "import")
+_EXAMPLES = """\
+examples:
+  python -m flax_mha.bench                       a look, in about a minute
+  python -m flax_mha.bench --set readme          the README's sizes; the longest
+  python -m flax_mha.bench --set crossover       what implementation=None should choose here
+  python -m flax_mha.bench --case '4x2048x768x12 FB causal' --contenders ours,keras
+
+a case: BxTxDxN, then any of F, FB (gradient), causal, dropout=RATE, window=KEYS, alone"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code.
+
+    Returns:
+        0; 1 where a contender's numbers were wrong; 2 for a user's mistake; 130 for Ctrl-C.
+
+    Example:
+        >>> main(["--case", "8x512"])
+        2
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(words)
+    try:
+        settings = _settings(options)
+        omp_wait = set_omp_wait(options.omp_wait)
+        environment = describe(shlex.join(["python", "-m", "flax_mha.bench", *words]), omp_wait)
+        directory = options.out or Path("runs") / f"bench-{options.set or 'cases'}"
+        right = run(settings, environment, directory, pictures=not options.no_plots)
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: bench.json holds the cases until now", file=sys.stderr)
+        return 130
+    return 0 if right else 1
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if not options.cases and options.set is None:
+        options.set = "quick"
+    named = SETS[options.set] if options.set else ()
+    cases = (*named, *map(Case.parse, options.cases))
+    return Settings(
+        cases=tuple(dict.fromkeys(cases)),
+        contenders=_contenders(options),
+        seconds=options.seconds,
+        rounds=options.rounds,
+        max_gigabytes=options.max_gigabytes,
+        compiles=0 if "compile" in options.skip else options.compiles,
+        imports=0 if "import" in options.skip else 5,
+        memory="memory" not in options.skip,
+    )
+
+
+def _contenders(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those asked for; the crossover compares our own implementations, all else the peers."""
+    if options.contenders is None:
+        ours = tuple(name for name in CONTENDERS if name not in PEERS)
+        return ours if options.set == "crossover" else ("ours", *PEERS)
+    names = tuple(name.strip() for name in options.contenders.split(","))
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise BenchError(f"no contender {unknown[0]!r}. There are: {', '.join(CONTENDERS)}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flax_mha.bench",
+        description="Time and memory of multi_head_attention beside the layers of Keras, flax, "
+        "equinox, haiku and torch, whichever are installed.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--set", choices=SETS, help="a list of cases (default: quick)")
+    parser.add_argument("--case", dest="cases", action="append", default=[], help="see below")
+    parser.add_argument("--contenders", metavar="A,B", help=f"of: {', '.join(CONTENDERS)}")
+    _add_amounts(parser)
+    parser.add_argument(
+        "--omp-wait",
+        choices=("passive", "active"),
+        help="OMP_WAIT_POLICY: whether torch's threads sleep between calls, or spin "
+        "(default: the variable, else passive)",
+    )
+    parser.add_argument("--skip", nargs="+", choices=_SKIPPABLE, default=[], help="leave out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/bench-SET")
+    parser.add_argument("--no-plots", action="store_true", help="draw no picture")
+    return parser
+
+
+def _add_amounts(parser: argparse.ArgumentParser) -> None:
+    amounts: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = (
+        ("--seconds", float, 8.0, "of timing a case, shared by the contenders"),
+        ("--rounds", _positive, None, "for every contender, whatever the seconds"),
+        ("--max-gigabytes", float, 4.0, "run nothing with more temporaries"),
+        ("--compiles", _positive, 5, "fresh compilations of the first FB case"),
+    )
+    for name, kind, default, text in amounts:
+        shown = "" if default is None else f" (default: {default:g})"
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=text + shown)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number

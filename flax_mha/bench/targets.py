@@ -1,0 +1,186 @@
+"""What to reach, computed from one run: every target with its figures and met or missed."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+
+from flax_mha.bench.results import CaseResult, Row, Run
+
+LONG = 4096
+TIMES_FASTER = {True: 4.0, False: 2.5}  # than every JAX layer, FB at T = 4096; causal, not causal
+CAUSAL = 0.6  # of the time without the causal order
+WINDOW_GROWTH = 2.2  # of the time, where T doubles and the window stays
+DROPOUT = 1.25
+DROPOUT_LENGTH = 512
+COMPILE = 1.25
+IMPORT_SECONDS = 0.1
+MEMORY = {
+    "attention, T=16384, 8 heads": 256e6,
+    "attention, T=16384, 8 heads, dropout 0.1": 256e6,
+    "layer, T=16384, 8 heads": 256e6,
+    "attention, T=131072, 1 head": 2**30,
+}
+MEMORY_GROWTH = 2.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A figure that must be at most `limit`, or at least; None was not measured, and why."""
+
+    name: str
+    value: float | None
+    limit: float
+    at_least: bool = False
+    unit: str = "x"
+    evidence: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        met = self.value >= self.limit if self.at_least else self.value <= self.limit
+        return "met" if met else "missed"
+
+
+def targets(run: Run) -> list[Target]:
+    """All targets; those that this run has no cases for are listed as not measured."""
+    parts = (_never_slower, _long, _torch, _causal, _window, _dropout, _memory, _start)
+    return [target for part in parts for target in part(run)]
+
+
+def _never_slower(run: Run) -> Iterator[Target]:
+    for result in run.cases:
+        name = f"{result.case.label}: time over the fastest JAX layer's"
+        if not result.case.alone:
+            yield _compared(name, result, "jax", 1.0)
+
+
+def _long(run: Run) -> Iterator[Target]:
+    for causal, limit in TIMES_FASTER.items():
+        name = f"T={LONG} FB{' causal' * causal}: times faster than the fastest JAX layer"
+        result = run.find(length=LONG, gradient=True, causal=causal)
+        yield _compared(name, result, "jax", limit, faster=True)
+
+
+def _torch(run: Run) -> Iterator[Target]:
+    """Target at T = 4096; other sizes show in the cases' tables."""
+    for gradient in (False, True):
+        for causal in (False, True):
+            name = f"T={LONG} {'FB' if gradient else 'F'}{' causal' * causal}"
+            result = run.find(length=LONG, gradient=gradient, causal=causal)
+            name += ": times faster than torch's best"
+            yield _compared(name, result, "torch", 1.0, faster=True)
+
+
+def _compared(
+    name: str, result: CaseResult | None, family: str, limit: float, faster: bool = False
+) -> Target:
+    """Ours over a family's fastest, or the inverse; the verdict is by medians."""
+    ours = None if result is None else result.row("ours")
+    rivals = [] if result is None else result.timed(family)
+    if ours is None or not rivals:
+        evidence = (
+            "this run has no such case" if result is None else f"no times of ours or {family}"
+        )
+        return Target(name, None, limit, faster, evidence=evidence)
+    rival = min(rivals, key=lambda row: row.median)
+    minimum = min(row.minimum for row in rivals)
+    medians, minima = ours.median / rival.median, ours.minimum / minimum
+    if faster:
+        medians, minima = 1 / medians, 1 / minima
+    evidence = f"{rival.name}; by minima {minima:.2f}"
+    return Target(name, medians, limit, faster, evidence=evidence)
+
+
+def _causal(run: Run) -> Iterator[Target]:
+    lengths = sorted({r.case.length for r in run.cases if r.case.length >= LONG}) or [LONG]
+    for length in lengths:
+        for gradient in (False, True):
+            pair = [run.find(length=length, gradient=gradient, causal=c) for c in (True, False)]
+            if length > LONG and None in pair:
+                continue  # a length beyond the target's own, measured for something else
+            name = f"T={length} {'FB' if gradient else 'F'}: causal over not causal"
+            yield _ratio(name, pair[0], pair[1], CAUSAL)
+
+
+def _window(run: Run) -> Iterator[Target]:
+    """Twice the length with one window: twice the time."""
+    name = "window, FB: time at 2 T over time at T"
+    windows = [r for r in run.cases if r.case.window and r.case.gradient]
+    for short in windows:
+        doubled = dataclasses.replace(short.case, length=2 * short.case.length, alone=False)
+        long = [r for r in windows if dataclasses.replace(r.case, alone=False) == doubled]
+        if long:
+            yield _ratio(f"{name}, T={short.case.length}", long[0], short, WINDOW_GROWTH)
+            return
+    yield Target(name, None, WINDOW_GROWTH, evidence="no two windowed FB cases with T and 2 T")
+
+
+def _dropout(run: Run) -> Iterator[Target]:
+    """The surcharge of dropout 0.1 at T = 512; other lengths and rates have no target."""
+    dropped = [r for r in run.cases if r.case.gradient and r.case.dropout == 0.1]
+    dropped = [r for r in dropped if r.case.length == DROPOUT_LENGTH]
+    if not dropped:
+        name = f"T={DROPOUT_LENGTH} FB dropout=0.1: over without"
+        yield Target(name, None, DROPOUT, evidence="this run has no such case")
+    for result in dropped:
+        plain = next((r for r in run.cases if r.case == _without_dropout(result)), None)
+        yield _ratio(f"{result.case.label}: over without", result, plain, DROPOUT)
+
+
+def _without_dropout(result: CaseResult) -> object:
+    return dataclasses.replace(result.case, dropout=0.0)
+
+
+def _ratio(name: str, above: CaseResult | None, below: CaseResult | None, limit: float) -> Target:
+    """Our time in one case over our time in another; the others' as evidence."""
+    if above is None or below is None:
+        return Target(name, None, limit, evidence="this run lacks one of the two cases")
+    pairs = [(row, below.row(row.name)) for row in above.timed()]
+    ratios = {a.name: _quotients(a, b) for a, b in pairs if b is not None}
+    if "ours" not in ratios:
+        return Target(name, None, limit, evidence="no times of ours")
+    value, minima = ratios.pop("ours")
+    others = [f"{rival} {quotient:.2f}" for rival, (quotient, _) in ratios.items()]
+    return Target(name, value, limit, evidence="; ".join([f"by minima {minima:.2f}", *others]))
+
+
+def _quotients(above: Row, below: Row) -> tuple[float, float]:
+    return above.median / below.median, above.minimum / below.minimum
+
+
+def _memory(run: Run) -> Iterator[Target]:
+    sizes = run.memory or {}
+    why = "skipped" if run.memory is None else "the compiler does not say"
+    for name, limit in MEMORY.items():
+        size = sizes.get(name)
+        value = None if size is None else size / 1e6
+        yield Target(
+            f"temporaries of FB causal: {name}",
+            value,
+            limit / 1e6,
+            unit=" MB",
+            evidence=why if value is None else "compiled, not run",
+        )
+    short, long = (sizes.get(f"layer, T={length}, 8 heads") for length in (8192, 16384))
+    growth = long / short if long and short else None
+    name = "temporaries of FB causal: T=16384 over T=8192"
+    evidence = why if growth is None else "2 is linear, 4 quadratic"
+    yield Target(name, growth, MEMORY_GROWTH, evidence=evidence)
+
+
+def _start(run: Run) -> Iterator[Target]:
+    """Compilation and import."""
+    seconds = run.compile_seconds or {}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratio, evidence = None, "skipped, or no times of ours and linen"
+    if {"ours", "linen"} <= set(medians):
+        ratio = medians["ours"] / medians["linen"]
+        listed = (f"{name} {median:.2f} s" for name, median in medians.items())
+        evidence = f"{run.compile_case}, {len(seconds['ours'])} each: {', '.join(listed)}"
+    yield Target("compilation of FB over linen's", ratio, COMPILE, evidence=evidence)
+    imports = run.import_seconds
+    evidence = f"median of {len(imports)} processes" if imports else "skipped"
+    value = statistics.median(imports) if imports else None
+    name = "`import flax_mha` after `import flax`"
+    yield Target(name, value, IMPORT_SECONDS, unit=" s", evidence=evidence)
