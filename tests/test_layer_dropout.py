@@ -71,6 +71,7 @@ def test_mean_is_unbiased():
     assert outputs.std(0).min() > 0
 
 
+@pytest.mark.slow
 def test_same_mask_under_vmap_and_jit():
     keys = jax.random.split(jax.random.key(3), 4)
     mapped = jax.vmap(lambda dropout_key: layer(dropout_key=dropout_key))(keys)

@@ -135,6 +135,7 @@ def test_scan_over_layers():
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.everything_saveable])
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients(policy):
     def loss(function, params, x):
         dropout_key = jax.random.key(3)

@@ -11,9 +11,6 @@ from flax_mha import MultiHeadAttentionConfig
 from flax_mha.demo import settings as schema
 from flax_mha.demo.settings import DemoError, Settings
 
-# The demo's text has one axis, and the residual stream fixes the output's size.
-FIXED_ATTENTION = ("output_shape", "attention_axes")
-
 
 def read_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings in a TOML file, with `section.key=value` strings applied over it.
@@ -98,7 +95,9 @@ def _in_range(name: str, value: float) -> None:
 def _attention(table: Mapping[str, Any], model: schema.ModelSettings) -> MultiHeadAttentionConfig:
     """`[attention]`: 4 heads that share the features, unless the table says otherwise."""
     names = [field.name for field in dataclasses.fields(MultiHeadAttentionConfig)]
-    _known("key of [attention]", table, [name for name in names if name not in FIXED_ATTENTION])
+    _known(
+        "key of [attention]", table, [name for name in names if name not in schema.FIXED_ATTENTION]
+    )
     heads = table.get("num_heads", 4)
     # A wrong number of heads is left for the config to refuse.
     share = model.features // heads if isinstance(heads, int) and heads > 0 else 1

@@ -56,6 +56,9 @@ class TrainSettings:
 
 SECTIONS = {"data": DataSettings, "model": ModelSettings, "train": TrainSettings}
 
+# The demo's text has one axis, and the residual stream fixes the output's size.
+FIXED_ATTENTION = ("output_shape", "attention_axes")
+
 # The least value of a number, where it is not 1 for whole numbers and 0 for fractions.
 LEAST = {"seed": 0, "warmup_steps": 0, "sample_bytes": 0, "held_out_bytes": 2, "held_out_every": 2}
 FRACTIONS_BELOW_ONE = ("dropout", "beta2")
@@ -72,7 +75,7 @@ class Settings:
     train: TrainSettings
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The settings as plain tables, as `settings.json` holds them.
+        """The settings as plain tables, as `settings.json` holds them; `settings_from` reads them.
 
         Example:
             >>> from flax_mha.demo.config_file import settings_from
@@ -80,4 +83,8 @@ class Settings:
             {'max_bytes': 12000000, 'held_out_bytes': 65536, 'held_out_every': 20}
         """
         tables = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        return {**tables, "attention": self.attention.to_dict()}
+        attention = self.attention.to_dict()
+        return {
+            **tables,
+            "attention": {k: attention[k] for k in attention if k not in FIXED_ATTENTION},
+        }

@@ -118,6 +118,7 @@ def test_with_a_cache_the_last_half_is_read_again(trained, prompt):
     assert sampled == greedy(model, params, list(prompt or b"\n"), 15, window)
 
 
+@pytest.mark.slow
 def test_sampling_by_seed_and_top_k(trained):
     model, params = trained
     draw = lambda **how: generate.generate(model, params, b"ab", 5, generate.Sampling(**how))

@@ -110,6 +110,7 @@ def test_bad_options_of_generate(option, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_saved_parameters_are_the_trained_ones_and_the_seed_decides(tmp_path):
     train_table = {**TABLES["train"], "steps": 3, "sample_bytes": 0}
     settings = settings_from({**TABLES, "train": train_table})

@@ -9,9 +9,24 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import B, C, D, E, H, M, N, S, T, assert_close, booleans, normal, open_rows
+from helpers import (
+    B,
+    C,
+    D,
+    E,
+    H,
+    M,
+    N,
+    S,
+    T,
+    assert_close,
+    booleans,
+    normal,
+    open_rows,
+    random_params,
+)
 
-from flax_mha import MultiHeadAttentionConfig, init_params, multi_head_attention
+from flax_mha import MultiHeadAttentionConfig, multi_head_attention, param_shapes
 from flax_mha.interop.flax import (
     attention_fn,
     from_flax_params,
@@ -37,8 +52,8 @@ def weights(D=D, C=C, M=M, E=E, K=N, bias=True, dtype="float32"):
     tree = {}
     for seed, (name, shape) in enumerate(shapes.items()):
         rank = 2 if name == "out" else 1
-        scale = jnp.asarray(np.prod(shape[:rank]) ** -0.5, dtype)
-        tree[name] = {"kernel": normal(seed, *shape, dtype=dtype) * scale}
+        values = np.asarray(normal(seed, *shape)) / np.sqrt(np.prod(shape[:rank]), dtype="float32")
+        tree[name] = {"kernel": jnp.asarray(values.astype(jnp.dtype(dtype)))}
         if bias:
             tree[name]["bias"] = normal(seed + 9, *shape[rank:], dtype=dtype)
     return tree
@@ -49,8 +64,13 @@ def linen(**fields):
     return nn.MultiHeadDotProductAttention(**fields)
 
 
+def blank(key, shape, dtype, *_):
+    return jnp.asarray(np.zeros(shape, dtype))  # what the tree replaces, without a compilation
+
+
 def nnx_layer(tree=None, **fields):
     fields = {"qkv_features": N * H, "out_features": E, "in_kv_features": C, **fields}
+    fields |= {"kernel_init": blank, "bias_init": blank}
     layer = nnx.MultiHeadAttention(N, D, **fields, decode=False, rngs=nnx.Rngs(0))
     nnx.update(layer, tree or {})
     return layer
@@ -91,6 +111,7 @@ def test_linen_cross_attention(bias):
         pytest.param(nn.SelfAttention, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated:DeprecationWarning")
 def test_linen_self_attention_with_flax_s_defaults(kind):
     """qkv_features and out_features are those of the input."""
     x, mask = normal(5, B, T, N * H), open_rows(booleans(6, B, 1, T, T))
@@ -124,8 +145,7 @@ def test_nnx_grouped_heads():
 
 def test_what_we_make_computes_what_we_compute():
     config = CONFIG.replace(output_shape=None)
-    params = init_params(jax.random.key(0), config, (T, D))
-    params = jax.tree.map(lambda x: x + 0.1, params)
+    params = random_params(param_shapes(config, (T, D)))
     x, mask = QUERY, open_rows(booleans(8, B, N, T, T))
     expected = ours(config, params, x, x, x, mask)
     apply = jax.jit(linen(out_features=None).apply)
@@ -226,7 +246,7 @@ def test_trees_that_do_not_fit(tree, error, message):
 )
 def test_configs_that_flax_does_not_have(changes, message):
     config = CONFIG.replace(**changes)
-    params = jax.eval_shape(lambda key: init_params(key, config, (T, D)), jax.random.key(0))
+    params = param_shapes(config, (T, D))
     for api, call in {"linen": to_flax_params, "nnx": to_nnx_state}.items():
         with pytest.raises(ValueError, match=rf"layer of flax\.{api} has.*{message}"):
             call(params, config)
