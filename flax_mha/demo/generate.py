@@ -42,16 +42,13 @@ class Sampling:
 def generate(model: Transformer, params: Any, prompt: bytes, count: int, how: Sampling) -> bytes:
     """`count` bytes that follow the prompt, each computed from the cache and the byte before."""
     context, text = model.model.context, _tokens(prompt)
-    keys = jax.random.split(jax.random.key(how.seed), count)
     end = len(text) + count
     while len(text) < end:
         known = text[-(context // 2) :] if len(text) >= context else text
         made = len(text) - (end - count)
         steps = context - len(known)
-        some = jnp.take(
-            keys, jnp.arange(made, made + steps) % count, axis=0
-        )  # at most `count` used
-        continued = _continue(model, how, params, jnp.asarray(known), some)
+        keys = _keys(how, made, steps)  # a last round may draw more than is wanted
+        continued = _continue(model, how, params, jnp.asarray(known), keys)
         text = np.concatenate([text, np.asarray(continued)])[:end]
     return bytes(text[-count:].tolist()) if count else b""
 
@@ -84,7 +81,7 @@ def generate_without_cache(
     context, text = model.model.context, _tokens(prompt)
     known = text[-context:]
     tokens_T = jnp.zeros(context, jnp.int32).at[: len(known)].set(jnp.asarray(known))
-    keys = jax.random.split(jax.random.key(how.seed), count)
+    keys = _keys(how, 0, count)
     return bytes(_slide(model, how, params, tokens_T, jnp.asarray(len(known)), keys).tolist())
 
 
@@ -106,6 +103,12 @@ def _slide(
         return (tokens_T.at[length - 1].set(byte), length), byte
 
     return jax.lax.scan(step, (tokens_T, length), keys)[1]
+
+
+def _keys(how: Sampling, first: int, count: int) -> PRNGKey:
+    """One key for each byte, by its place in the text: the same with the cache and without."""
+    key = jax.random.key(how.seed)
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(first, first + count))
 
 
 def _tokens(prompt: bytes) -> np.ndarray:
