@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax_mha import _checks
 from flax_mha._typing import Array, Params, ParamsLike
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.interop._layout import Entry, from_table, to_table
+from flax_mha.interop._layout import PLAIN, Entry, from_table, only, to_table
 
 # Where flax keeps each projection, and the axes of its kernel and its bias there.
 PROJECTIONS = {
@@ -19,16 +19,6 @@ PROJECTIONS = {
     "key": ("key", "C K H", "K H"),
     "value": ("value", "M K V", "K V"),
     "attention_output": ("out", "N V E", "E"),
-}
-# Fields of the config that change what a layer computes, and their only values in flax.
-_FIXED = {
-    "use_gate": False,
-    "attention_axes": None,
-    "sliding_window": None,
-    "position": None,
-    "qk_norm": None,
-    "soft_cap": None,
-    "use_sinks": False,
 }
 LAYER_NORM = (
     "Center each head of the query's and key's kernels and biases (subtract the mean over H); then "
@@ -101,7 +91,8 @@ def to_flax_params(
         >>> layer.apply({"params": to_flax_params(params, config)}, x).shape
         (4, 8, 24)
     """
-    _only("flax.linen", config, {**_FIXED, "num_kv_heads": config.num_heads})
+    fixed = {**PLAIN, "value_dim": config.key_dim, "num_kv_heads": config.num_heads}
+    only("flax.linen", config, fixed)
     return _nested(params, config)
 
 
@@ -134,7 +125,7 @@ def to_nnx_state(
         >>> bool((layer.query.kernel[...] == params["query"]["kernel"]).all())
         True
     """
-    _only("flax.nnx", config, _FIXED)
+    only("flax.nnx", config, {**PLAIN, "value_dim": config.key_dim})
     state = _nested(params, config)
     C, M = (state[name]["kernel"].shape[0] for name in ("key", "value"))
     if C != M:
@@ -179,16 +170,3 @@ def _nested(params: ParamsLike, config: MultiHeadAttentionConfig) -> dict[str, d
         place, leaf = name.split(".")
         nested.setdefault(place, {})[leaf] = jnp.asarray(array)
     return nested
-
-
-def _only(api: str, config: MultiHeadAttentionConfig, fixed: Mapping[str, Any]) -> None:
-    """The config asks for nothing that flax's layer does not have."""
-    _, K, H, V = config.dims
-    asked = {name: getattr(config, name) for name in _FIXED} | {"num_kv_heads": K, "value_dim": V}
-    for name, only in {**fixed, "value_dim": H}.items():
-        if asked[name] != only:
-            rule = f"The layer of {api} has no `{name}`: it must be {only!r} in the config."
-            _checks.fail(ValueError, rule, f"{name}={asked[name]!r}")
-    if len(config.output_shape or ()) > 1:
-        rule = f"The layer of {api} has one output axis: `output_shape` must be an int."
-        _checks.fail(ValueError, rule, f"output_shape={config.output_shape}")

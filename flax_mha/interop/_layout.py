@@ -70,6 +70,32 @@ def to_table(
     return arrays
 
 
+# Fields that change what a layer computes, and what they are in a layer that knows none of them.
+PLAIN = {
+    "use_gate": False,
+    "attention_axes": None,
+    "sliding_window": None,
+    "position": None,
+    "qk_norm": None,
+    "soft_cap": None,
+    "use_sinks": False,
+}
+
+
+def only(whose: str, config: MultiHeadAttentionConfig, fixed: Mapping[str, Any]) -> None:
+    """The config asks for nothing that the layer of `whose` framework does not have."""
+    _, K, _, V = config.dims
+    resolved = {"num_kv_heads": K, "value_dim": V}
+    for name, value in fixed.items():
+        asked = resolved.get(name, getattr(config, name))
+        if asked != value:
+            rule = f"The layer of {whose} has no `{name}`: it must be {value!r} in the config."
+            _checks.fail(ValueError, rule, f"{name}={asked!r}")
+    if len(config.output_shape or ()) > 1:
+        rule = f"The layer of {whose} has one output axis: `output_shape` must be an int."
+        _checks.fail(ValueError, rule, f"output_shape={config.output_shape}")
+
+
 def _incoming(entry: Entry, array: Any, sizes: Sizes) -> Array:
     """Split what is merged, then put the axes in our order; learns the sizes not yet known."""
     values = _floating(cast(str, entry.name), np.asarray(array))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_mha import _checks
 from flax_mha._typing import Params, ParamsLike
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.interop._layout import Entry, from_table, to_table
+from flax_mha.interop._layout import PLAIN, Entry, from_table, only, to_table
 
 # Where Equinox keeps each projection, and the axes of its weight and its bias there.
 _PLACES = {
@@ -20,17 +20,6 @@ _PLACES = {
     "key": ("key_proj", "(K H) C", "(K H)"),
     "value": ("value_proj", "(K V) M", "(K V)"),
     "attention_output": ("output_proj", "E (N V)", "E"),
-}
-# Fields of the config that change what a layer computes, and their only values in Equinox.
-_FIXED = {
-    "use_gate": False,
-    "attention_axes": None,
-    "sliding_window": None,
-    "position": None,
-    "qk_norm": None,
-    "soft_cap": None,
-    "use_sinks": False,
-    "dtype": None,
 }
 
 
@@ -106,7 +95,7 @@ def to_equinox(params: ParamsLike, config: MultiHeadAttentionConfig, module_like
         True
     """
     likes = _arrays(module_like)
-    _only_what_equinox_has(config)
+    only("equinox", config, {**PLAIN, "dtype": None, "num_kv_heads": config.num_heads})
     _same_layer(config, module_like, likes)
     arrays = to_table(_table(config, likes), params, config)
     for name, like in likes.items():
@@ -153,18 +142,6 @@ def _table(config: MultiHeadAttentionConfig, arrays: Any) -> list[Entry]:
             name = f"{place}.bias"
             table.append(Entry((projection, "bias"), name if name in arrays else None, bias_axes))
     return table
-
-
-def _only_what_equinox_has(config: MultiHeadAttentionConfig) -> None:
-    N, K, _, _ = config.dims
-    asked = {name: getattr(config, name) for name in _FIXED} | {"num_kv_heads": K}
-    for name, only in {**_FIXED, "num_kv_heads": N}.items():
-        if asked[name] != only:
-            rule = f"Equinox's layer has no `{name}`: it must be {only!r} in the config."
-            _checks.fail(ValueError, rule, f"{name}={asked[name]!r}")
-    if len(config.output_shape or ()) > 1:
-        rule = "Equinox's layer has one output axis: `output_shape` must be an int."
-        _checks.fail(ValueError, rule, f"output_shape={config.output_shape}")
 
 
 def _same_layer(config: MultiHeadAttentionConfig, module: Any, arrays: Any) -> None:

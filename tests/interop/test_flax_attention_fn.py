@@ -235,7 +235,7 @@ def test_linen_sows_the_weights_before_dropout():
     quiet, expected = sown(flax_s, variables, x, deterministic=True)
     call = {"deterministic": False, "dropout_rng": jax.random.key(1)}
     loud, weights = sown(ours, variables, x, **call)
-    assert not jnp.allclose(loud, quiet)
+    assert jnp.abs(loud - quiet).max() > 1e-2  # weights were dropped
     assert expected.shape == (B, N, T, T)
     assert_close(weights, expected, "float32")
 
@@ -260,7 +260,7 @@ def test_dropout_through_the_module():
     key, other = jax.random.split(jax.random.key(1))
     first, again, second = map(run, (key, key, other))
     assert (first == again).all()
-    assert not jnp.allclose(first, second)
+    assert jnp.abs(first - second).max() > 1e-2  # another key, another mask
 
 
 # --- the function -------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_nnx_dropout_and_sown_weights():
     ours, flax_s = nnx_pair(attention_fn, dropout_rate=0.3, broadcast_dropout=False)
     x = normal(0, B, T, D)
     loud, quiet = (ours(x, deterministic=flag) for flag in (False, True))
-    assert not jnp.allclose(loud, quiet)
+    assert jnp.abs(loud - quiet).max() > 1e-2  # weights were dropped
     weights = [nnx_sown(layer, x) for layer in (ours, flax_s)]
     assert weights[0].shape == (B, N, T, T)
     assert_close(*weights, "float32")
