@@ -10,6 +10,7 @@ from flax_mha import _checks
 from flax_mha._dtypes import promoted
 from flax_mha._folding import Folding
 from flax_mha._placement import folded_pair, positions_of
+from flax_mha._projection import contract
 from flax_mha._typing import Array, DType, ParamsLike, Shape
 from flax_mha.caches import CrossCache, KVCache, check_cache
 from flax_mha.config import MultiHeadAttentionConfig
@@ -99,11 +100,12 @@ def _project(
     With `isolate`, a position that holds NaN or Inf passes the product as zeros and is NaN behind
     it: its NaN times a zero cotangent would otherwise reach the kernel's gradient.
     """
-    finite_BT = jnp.isfinite(x).all(tuple(range(2, x.ndim)))
-    if isolate:
-        x = jnp.where(as_rank(finite_BT, x.ndim), x, 0)
     kernel = projection["kernel"].astype(dtype)
-    y = jnp.einsum(equation, x.astype(dtype), kernel, precision=precision)
+    safe = x
+    if isolate:
+        finite_BT = jnp.isfinite(x).all(tuple(range(2, x.ndim)))
+        safe = jnp.where(as_rank(finite_BT, x.ndim), x, 0)
+    y = contract(equation, safe.astype(dtype), kernel, precision)
     if "bias" in projection:
         y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
     return jnp.where(as_rank(finite_BT, y.ndim), y, jnp.nan) if isolate else y

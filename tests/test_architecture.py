@@ -19,14 +19,14 @@ SOURCES = {
 # From the ground up; a module may import from lower lines only.
 LAYERS = [
     ["_typing"],
-    ["_checks", "_dtypes"],
-    ["_frozen", "_tree_checks"],
+    ["_checks", "_dtypes", "_platform"],
+    ["_frozen", "_tree_checks", "_projection"],
     ["_distributions"],
     ["initializers", "regularizers", "constraints", "masks", "_dropout", "_folding"],
     ["_identifiers", "attention._distance"],
     ["attention._contract"],
     ["attention._quarantine", "attention._choice", "attention._tiles", "attention._merge"],
-    ["attention._blockwise_call", "attention._sinks"],
+    ["attention._blockwise_call", "attention._sinks", "attention._tile_sizes"],
     ["attention._blockwise_forward"],
     ["attention._blockwise_backward"],
     ["attention.reference", "attention.blockwise"],

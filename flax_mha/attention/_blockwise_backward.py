@@ -20,9 +20,14 @@ from flax_mha._typing import Array
 from flax_mha.attention._blockwise_call import (
     Blocks,
     Plan,
+    every,
     loop,
+    of_keys,
+    of_queries,
+    of_rows,
     product,
-    rows,
+    put_keys,
+    put_queries,
     stretch,
     tile_dropper,
     tile_logits,
@@ -30,17 +35,15 @@ from flax_mha.attention._blockwise_call import (
 )
 from flax_mha.attention._blockwise_forward import Softmax
 from flax_mha.attention._distance import unskew
-from flax_mha.attention._tiles import Tile, add_at, query_spans, scores_place, slice_at
+from flax_mha.attention._tiles import Tile, add_at, place, query_spans, scores_place
 
 
-class Rows(NamedTuple):
-    """What every tile of a query needs; `T` copies are transposed once, outside the loops."""
+class Saved(NamedTuple):
+    """What every tile of a query needs."""
 
-    lse_gGT1: Array
-    delta_gGT1: Array
-    query_gGHT: Array
-    d_context_gGTV: Array
-    d_context_gGVT: Array
+    lse_BNT: Array
+    delta_BNT: Array
+    d_context_BTNV: Array
 
 
 class Biases(NamedTuple):
@@ -50,135 +53,148 @@ class Biases(NamedTuple):
     values_NL: Array | None
 
 
-class Sums(NamedTuple):
-    """The gradients of one group so far; d_key and d_value of one key block."""
+class Gradients(NamedTuple):
+    """The gradients so far, in float32 at least."""
 
-    d_query_GTh: Array
-    d_key_hs: Array
-    d_value_vs: Array
+    d_query_BTNH: Array
+    d_key_BSKH: Array
+    d_value_BSKV: Array
+    d_biases: Biases
+
+
+class Sums(NamedTuple):
+    """What one key block has gathered: its own gradients, and those that all blocks share."""
+
+    d_key_bkhs: Array
+    d_value_bkvs: Array
+    d_query_BTNH: Array
     d_biases: Biases
 
 
 class TileGradients(NamedTuple):
     """What one tile adds."""
 
-    d_query_Gth: Array
-    d_key_hs: Array
-    d_value_vs: Array
-    d_logits_Gts: Array | None
+    d_key_bkhs: Array
+    d_value_bkvs: Array
+    d_query_bkrh: Array
+    d_logits_bkrs: Array | None
 
 
-def backward(
-    plan: Plan, blocks: Blocks, softmax: Softmax, cotangent: Softmax
-) -> tuple[Array, Array, Array, Biases]:
-    """(d_query gGTH, d_key gSH, d_value gSV, d_biases), in float32 at least."""
-    saved = _rows(blocks, softmax, cotangent)
-    wide = wide_dtype(blocks.query_gGTH.dtype)
+def backward(plan: Plan, blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Gradients:
+    """The gradients of query, key, value and biases."""
+    tiling, saved = plan.tiling, _saved(blocks, softmax, cotangent)
 
-    def group(d_biases: Biases, g: Array) -> Any:
-        zeros_GTh = jnp.zeros(blocks.query_gGTH.shape[1:], wide)
-        step = lambda carry, j: _key_block(plan, blocks, saved, g, j, *carry)  # noqa: E731
-        key_blocks = jnp.arange(plan.tiling.key_blocks, dtype="int32")
-        start = (zeros_GTh, d_biases)
-        (d_query, d_biases), (d_key, d_value) = jax.lax.scan(step, start, key_blocks)
-        return d_biases, (d_query, _join(d_key), _join(d_value))
+    def step(index: Array, gradients: Gradients) -> Gradients:
+        at = place(tiling, index, tiling.key_blocks)
+        return _key_block(plan, blocks, saved, at, gradients)
 
+    wide = wide_dtype(blocks.query_BTNH.dtype)
     values = None if blocks.distance_bias is None else blocks.distance_bias.values
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), Biases(blocks.bias_bnts, values))
-    groups = jnp.arange(len(blocks.query_gGTH), dtype="int32")
-    d_biases, (d_query, d_key, d_value) = jax.lax.scan(group, zeros, groups)
-    return d_query * plan.options.scale, d_key * plan.options.scale, d_value, d_biases
+    biases = Biases(blocks.bias_bnts, values)
+    like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, biases)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), like)
+    return every(tiling.lanes * tiling.key_blocks, step, zeros)
 
 
-def _rows(blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Rows:
+def _saved(blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Saved:
     context, row_max, row_sum = softmax
     d_context, _, d_row_sum = cotangent
-    empty = row_sum == 0
     # +inf where nothing may be attended: e^(logits - lse) is 0 there, for any logits.
-    log_sum = jnp.log(jnp.where(empty, 1, row_sum))
-    lse = jnp.where(empty, jnp.inf, jnp.where(empty, 0, row_max) + log_sum)
-    delta = (d_context * context).sum(-1) - d_row_sum * row_sum
-    d_context = d_context.astype(blocks.value_gSV.dtype)
-    return Rows(
-        lse[..., None],
-        delta[..., None],
-        blocks.query_gGTH.swapaxes(2, 3),
-        d_context,
-        d_context.swapaxes(2, 3),
-    )
+    lse = jnp.where(row_sum == 0, jnp.inf, row_max + jnp.log(row_sum))
+    delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
+    return Saved(lse, delta, d_context.astype(blocks.value_BSKV.dtype))
 
 
 def _key_block(
-    plan: Plan, blocks: Blocks, saved: Rows, g: Array, j: Array, d_query: Array, d_biases: Biases
-) -> Any:
-    wide, s = d_query.dtype, plan.tiling.s
-    H, V = blocks.key_gSH.shape[-1], blocks.value_gSV.shape[-1]
+    plan: Plan,
+    blocks: Blocks,
+    saved: Saved,
+    at: tuple[Array, Array, Array],
+    gradients: Gradients,
+) -> Gradients:
+    tiling, (b, k, j) = plan.tiling, at
+    s = j * tiling.s
+    here = Tile(b, k, 0, s)
+    key_bksh = of_keys(tiling, blocks.key_BSKH, here)
+    value_bksv = of_keys(tiling, blocks.value_BSKV, here)
 
     def step(masked: bool, i: Array, sums: Sums) -> Sums:
-        tile = Tile(g, i, j)
-        compute = lambda: _tile_gradients(plan, blocks, saved, tile, masked)  # noqa: E731
+        tile = Tile(b, k, i * tiling.t, s)
+        compute = lambda: _tile_gradients(  # noqa: E731
+            plan, blocks, saved, key_bksh, value_bksv, tile, masked
+        )
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
         return _add(plan, blocks, sums, tile, where_needed(plan, blocks, tile, compute, nothing))
 
-    sums = Sums(d_query, jnp.zeros((H, s), wide), jnp.zeros((V, s), wide), d_biases)
-    sums = loop(query_spans(plan.tiling, blocks.mask, g, j), step, sums)
-    return (sums.d_query_GTh, sums.d_biases), (sums.d_key_hs, sums.d_value_vs)
+    sums = _nothing(plan, gradients)
+    sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
+    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3) * plan.options.scale
+    return Gradients(
+        sums.d_query_BTNH,
+        put_keys(gradients.d_key_BSKH, d_key_bksh, here),
+        put_keys(gradients.d_value_BSKV, sums.d_value_bkvs.swapaxes(2, 3), here),
+        sums.d_biases,
+    )
+
+
+def _nothing(plan: Plan, gradients: Gradients) -> Sums:
+    d_query, d_key, d_value, d_biases = gradients
+    b, k, s = plan.tiling.b, plan.tiling.k, plan.tiling.s
+    zeros = lambda x_BSKF: jnp.zeros((b, k, x_BSKF.shape[-1], s), x_BSKF.dtype)  # noqa: E731
+    return Sums(zeros(d_key), zeros(d_value), d_query, d_biases)
 
 
 def _tile_gradients(
-    plan: Plan, blocks: Blocks, saved: Rows, tile: Tile, masked: bool
+    plan: Plan,
+    blocks: Blocks,
+    saved: Saved,
+    key_bksh: Array,
+    value_bksv: Array,
+    tile: Tile,
+    masked: bool,
 ) -> TileGradients:
-    t, s = plan.tiling.t, plan.tiling.s
-    g, i, j = tile
-    query_Ght = _columns(saved.query_gGHT, g, i, t)
-    d_context_Gvt = _columns(saved.d_context_gGVT, g, i, t)
-    key_sh, value_sv = rows(blocks.key_gSH, g, j, s), rows(blocks.value_gSV, g, j, s)
-    drop = tile_dropper(plan, blocks, tile)
+    tiling, drop = plan.tiling, tile_dropper(plan, blocks, tile)
+    query_bkrh = of_queries(tiling, blocks.query_BTNH, tile)
+    d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
+    lse_bkr, delta_bkr = (of_rows(tiling, x, tile) for x in (saved.lse_BNT, saved.delta_BNT))
 
-    logits_Gts, slope_Gts = tile_logits(plan, blocks, tile, masked)
-    weights_Gts = jnp.exp(logits_Gts - rows(saved.lse_gGT1, g, i, t))
-    d_context_Gtv = rows(saved.d_context_gGTV, g, i, t)
-    d_weights_Gts = drop(product(plan, "Gtv,sv->Gts", d_context_Gtv, value_sv))
-    d_logits_Gts = weights_Gts * (d_weights_Gts - rows(saved.delta_gGT1, g, i, t))
-    d_product_Gts = d_logits_Gts if slope_Gts is None else d_logits_Gts * slope_Gts
-    d_product_Gts = d_product_Gts.astype(key_sh.dtype)
-    kept_Gts = drop(weights_Gts).astype(value_sv.dtype)
+    logits_bkrs, slope_bkrs = tile_logits(plan, blocks, query_bkrh, key_bksh, tile, masked)
+    weights_bkrs = jnp.exp(logits_bkrs - lse_bkr[..., None])
+    d_weights_bkrs = drop(product(plan, "bkrv,bksv->bkrs", d_context_bkrv, value_bksv))
+    d_logits_bkrs = weights_bkrs * (d_weights_bkrs - delta_bkr[..., None])
+    d_product_bkrs = d_logits_bkrs if slope_bkrs is None else d_logits_bkrs * slope_bkrs
+    d_product_bkrs = d_product_bkrs.astype(key_bksh.dtype)
+    kept_bkrs = drop(weights_bkrs).astype(value_bksv.dtype)
     return TileGradients(
-        product(plan, "Gts,sh->Gth", d_product_Gts, key_sh),
-        product(plan, "Ght,Gts->hs", query_Ght, d_product_Gts),
-        product(plan, "Gvt,Gts->vs", d_context_Gvt, kept_Gts),
-        None if blocks.bias_bnts is None and blocks.distance_bias is None else d_logits_Gts,
+        product(plan, "bkrh,bkrs->bkhs", query_bkrh, d_product_bkrs),
+        product(plan, "bkrv,bkrs->bkvs", d_context_bkrv, kept_bkrs),
+        product(plan, "bkrs,bksh->bkrh", d_product_bkrs, key_bksh) * plan.options.scale,
+        None if blocks.bias_bnts is None and blocks.distance_bias is None else d_logits_bkrs,
     )
 
 
 def _add(plan: Plan, blocks: Blocks, sums: Sums, tile: Tile, added: TileGradients) -> Sums:
+    d_query_bkrh = of_queries(plan.tiling, sums.d_query_BTNH, tile) + added.d_query_bkrh
     return Sums(
-        add_at(sums.d_query_GTh, added.d_query_Gth, (0, tile.i * plan.tiling.t, 0)),
-        sums.d_key_hs + added.d_key_hs,
-        sums.d_value_vs + added.d_value_vs,
-        _add_biases(plan, blocks, sums.d_biases, tile, added.d_logits_Gts),
+        sums.d_key_bkhs + added.d_key_bkhs,
+        sums.d_value_bkvs + added.d_value_bkvs,
+        put_queries(plan.tiling, sums.d_query_BTNH, d_query_bkrh, tile),
+        _add_biases(plan, blocks, sums.d_biases, tile, added.d_logits_bkrs),
     )
 
 
-def _add_biases(plan: Plan, blocks: Blocks, sums: Biases, tile: Tile, d_logits_Gts: Any) -> Biases:
+def _add_biases(plan: Plan, blocks: Blocks, sums: Biases, tile: Tile, d_logits_bkrs: Any) -> Biases:
     """Dense: summed over the axes in which it has size 1. Of distances: along the diagonals."""
     bias_bnts, values_NL = sums
+    tiling = plan.tiling
+    if bias_bnts is not None or values_NL is not None:
+        heads = tiling.k * tiling.G
+        d_logits_bnts = d_logits_bkrs.reshape(tiling.b, heads, tiling.t, tiling.s)
     if bias_bnts is not None:
-        start, size = scores_place(plan.tiling, bias_bnts.shape, tile)
-        summed = tuple(axis for axis, n in enumerate(bias_bnts.shape[1:]) if n == 1)
-        part = d_logits_Gts.sum(summed, keepdims=True).reshape(size)
-        bias_bnts = add_at(bias_bnts, part, start)
+        start, _ = scores_place(tiling, bias_bnts.shape, tile)
+        summed = tuple(axis for axis, n in enumerate(bias_bnts.shape) if n == 1)
+        bias_bnts = add_at(bias_bnts, d_logits_bnts.sum(summed, keepdims=True), start)
     if values_NL is not None:
         start, _ = stretch(plan, blocks, tile)
-        values_NL = add_at(values_NL, unskew(d_logits_Gts), start)
+        values_NL = add_at(values_NL, unskew(d_logits_bnts.sum(0)), start)
     return Biases(bias_bnts, values_NL)
-
-
-def _columns(x: Array, g: Array, i: Array, size: int) -> Array:
-    """Block i of `[g, G, F, T]` along T, of group g."""
-    return slice_at(x, (g, 0, 0, i * size), (1, *x.shape[1:-1], size))[0]
-
-
-def _join(blocks_jfs: Array) -> Array:
-    """Key blocks `[J, f, s]` to `[S, f]`."""
-    return blocks_jfs.swapaxes(1, 2).reshape(-1, blocks_jfs.shape[1])

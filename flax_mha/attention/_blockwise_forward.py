@@ -7,7 +7,6 @@ sum'     = sum     e^(row_max - row_max') + exp . value         context = sum / 
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from flax_mha._dtypes import wide_dtype
@@ -15,71 +14,94 @@ from flax_mha._typing import Array
 from flax_mha.attention._blockwise_call import (
     Blocks,
     Plan,
+    every,
     loop,
+    of_keys,
+    of_queries,
     product,
-    rows,
+    put_queries,
+    put_rows,
     tile_dropper,
     tile_logits,
     where_needed,
 )
-from flax_mha.attention._tiles import Tile, key_spans
+from flax_mha.attention._tiles import Tile, key_spans, place
 
 
 class Softmax(NamedTuple):
-    """What is known of a block of queries after some of its keys."""
+    """The result: of all queries, in float32 at least."""
 
-    sum_Gtv: Array
-    row_max_Gt: Array
-    row_sum_Gt: Array
+    context_BTNV: Array
+    row_max_BNT: Array
+    row_sum_BNT: Array
+
+
+class Rows(NamedTuple):
+    """What is known of a tile's queries after some of their keys."""
+
+    sum_bkrv: Array
+    row_max_bkr: Array
+    row_sum_bkr: Array
 
 
 def forward(plan: Plan, blocks: Blocks) -> Softmax:
-    """(context gGTV, row_max gGT, row_sum gGT) in float32 at least."""
-    groups, G, T, _ = blocks.query_gGTH.shape
-    count = plan.tiling.query_blocks
+    """The context of all queries, and what the softmax divided by."""
+    tiling, wide = plan.tiling, wide_dtype(blocks.query_BTNH.dtype)
+    B, T, N, _ = blocks.query_BTNH.shape
 
-    def query_block(index: Array) -> Softmax:
-        return _query_block(plan, blocks, index // count, index % count)
+    def step(index: Array, softmax: Softmax) -> Softmax:
+        return _query_block(plan, blocks, place(tiling, index, tiling.query_blocks), softmax)
 
-    def join(x: Array) -> Array:
-        by_head = x.reshape(groups, count, G, plan.tiling.t, *x.shape[3:]).swapaxes(1, 2)
-        return by_head.reshape(groups, G, T, *x.shape[3:])
-
-    indices = jnp.arange(groups * count, dtype="int32")
-    return jax.tree.map(join, jax.lax.map(query_block, indices))
+    context = jnp.zeros((B, T, N, blocks.value_BSKV.shape[-1]), wide)
+    start = Softmax(context, jnp.zeros((B, N, T), wide), jnp.zeros((B, N, T), wide))
+    return every(tiling.lanes * tiling.query_blocks, step, start)
 
 
-def _query_block(plan: Plan, blocks: Blocks, g: Array, i: Array) -> Softmax:
-    def step(masked: bool, j: Array, softmax: Softmax) -> Any:
-        tile = Tile(g, i, j)
-        add = lambda: _add_tile(plan, blocks, tile, masked, softmax)  # noqa: E731
-        return where_needed(plan, blocks, tile, add, softmax)
+def _query_block(
+    plan: Plan, blocks: Blocks, at: tuple[Array, Array, Array], softmax: Softmax
+) -> Softmax:
+    tiling, (b, k, i) = plan.tiling, at
+    t = i * tiling.t
+    query_bkrh = of_queries(tiling, blocks.query_BTNH, Tile(b, k, t, 0))
 
-    spans = key_spans(plan.tiling, blocks.mask, g, i)
-    sum_Gtv, row_max_Gt, row_sum_Gt = loop(spans, step, _nothing(plan, blocks))
+    def step(masked: bool, j: Array, rows: Rows) -> Any:
+        tile = Tile(b, k, t, j * tiling.s)
+        add = lambda: _add_tile(plan, blocks, query_bkrh, tile, masked, rows)  # noqa: E731
+        return where_needed(plan, blocks, tile, add, rows)
+
+    rows = loop(key_spans(tiling, blocks.mask, b, i), step, _nothing(plan, blocks))
     # A query that may attend nowhere has sum 0 and row_sum 0: its context is 0.
-    divisor_Gt = jnp.where(row_sum_Gt == 0, 1, row_sum_Gt)
-    return Softmax(sum_Gtv / divisor_Gt[..., None], row_max_Gt, row_sum_Gt)
-
-
-def _nothing(plan: Plan, blocks: Blocks) -> Softmax:
-    dtype = wide_dtype(blocks.query_gGTH.dtype)
-    Gt = (plan.tiling.G, plan.tiling.t)
-    V = blocks.value_gSV.shape[-1]
-    return Softmax(jnp.zeros((*Gt, V), dtype), jnp.full(Gt, -jnp.inf, dtype), jnp.zeros(Gt, dtype))
-
-
-def _add_tile(plan: Plan, blocks: Blocks, tile: Tile, masked: bool, softmax: Softmax) -> Softmax:
-    logits_Gts, _ = tile_logits(plan, blocks, tile, masked)
-    row_max_Gt = jnp.maximum(softmax.row_max_Gt, logits_Gts.max(-1))
-    # -inf - (-inf) would be NaN: a row that has seen no key yet is shifted by 0.
-    shift_Gt = jnp.where(jnp.isneginf(row_max_Gt), 0, row_max_Gt)
-    exp_Gts = jnp.exp(logits_Gts - shift_Gt[..., None])
-    decay_Gt = jnp.exp(softmax.row_max_Gt - shift_Gt)
-    value_sv = rows(blocks.value_gSV, tile.g, tile.j, plan.tiling.s)
-    kept_Gts = tile_dropper(plan, blocks, tile)(exp_Gts).astype(value_sv.dtype)
+    divisor_bkr = jnp.where(rows.row_sum_bkr == 0, 1, rows.row_sum_bkr)
+    here = Tile(b, k, t, 0)
     return Softmax(
-        softmax.sum_Gtv * decay_Gt[..., None] + product(plan, "Gts,sv->Gtv", kept_Gts, value_sv),
-        row_max_Gt,
-        softmax.row_sum_Gt * decay_Gt + exp_Gts.sum(-1),
+        put_queries(tiling, softmax.context_BTNV, rows.sum_bkrv / divisor_bkr[..., None], here),
+        put_rows(tiling, softmax.row_max_BNT, rows.row_max_bkr, here),
+        put_rows(tiling, softmax.row_sum_BNT, rows.row_sum_bkr, here),
+    )
+
+
+def _nothing(plan: Plan, blocks: Blocks) -> Rows:
+    tiling, wide = plan.tiling, wide_dtype(blocks.query_BTNH.dtype)
+    bkr = (tiling.b, tiling.k, tiling.r)
+    V = blocks.value_BSKV.shape[-1]
+    return Rows(jnp.zeros((*bkr, V), wide), jnp.full(bkr, -jnp.inf, wide), jnp.zeros(bkr, wide))
+
+
+def _add_tile(
+    plan: Plan, blocks: Blocks, query_bkrh: Array, tile: Tile, masked: bool, rows: Rows
+) -> Rows:
+    key_bksh = of_keys(plan.tiling, blocks.key_BSKH, tile)
+    value_bksv = of_keys(plan.tiling, blocks.value_BSKV, tile)
+    logits_bkrs, _ = tile_logits(plan, blocks, query_bkrh, key_bksh, tile, masked)
+    row_max_bkr = jnp.maximum(rows.row_max_bkr, logits_bkrs.max(-1))
+    # -inf - (-inf) would be NaN: a row that has seen no key yet is shifted by a finite number.
+    shift_bkr = jnp.maximum(row_max_bkr, jnp.finfo(row_max_bkr.dtype).min)
+    exp_bkrs = jnp.exp(logits_bkrs - shift_bkr[..., None])
+    decay_bkr = jnp.exp(rows.row_max_bkr - shift_bkr)
+    kept_bkrs = tile_dropper(plan, blocks, tile)(exp_bkrs).astype(value_bksv.dtype)
+    added_bkrv = product(plan, "bkrs,bksv->bkrv", kept_bkrs, value_bksv)
+    return Rows(
+        rows.sum_bkrv * decay_bkr[..., None] + added_bkrv,
+        row_max_bkr,
+        rows.row_sum_bkr * decay_bkr + exp_bkrs.sum(-1),
     )

@@ -22,11 +22,9 @@ from flax_mha.attention._blockwise_call import Blocks, Plan
 from flax_mha.attention._blockwise_forward import Softmax, forward
 from flax_mha.attention._contract import Inputs, Options, Output, Residuals
 from flax_mha.attention._distance import DistanceBias
+from flax_mha.attention._tile_sizes import tiling_of
 from flax_mha.attention._tiles import Tiling
 from flax_mha.masks import Mask
-
-# Measured on CPU at T = 4096: 512 x 512 is best or near it, 256 x 256 loses 40%.
-LARGEST_BLOCK = 512
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -38,26 +36,13 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 
 def attend(inputs: Inputs, options: Options) -> Output:
     """context = dropout(softmax(scale query . key + bias)) . value, block by block."""
-    B, T, N, _ = inputs.query_BTNH.shape
-    tiling = _tiling(inputs, options)
-    if 0 in (B, T, N, tiling.S):
+    if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):
         return _nothing(inputs)
-    softmax = _core(Plan(tiling, options), _blocks(inputs, tiling))
-    context_BTNV, row_max_BNT, row_sum_BNT = _ungroup(softmax, tiling)
-    residuals = Residuals(row_max_BNT, row_sum_BNT)
-    return Output(context_BTNV.astype(inputs.value_BSKV.dtype), None, residuals)
-
-
-def block_size(length: int) -> int:
-    """Blocks of about equal size, a multiple of 8, at most `LARGEST_BLOCK`."""
-    blocks = max(1, -(-length // LARGEST_BLOCK))
-    return max(8, -(-length // (8 * blocks)) * 8)
-
-
-def _tiling(inputs: Inputs, options: Options) -> Tiling:
-    (_, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
-    t, s = options.block_sizes or (block_size(T), block_size(S))
-    return Tiling(T=T, S=S, t=t, s=s, K=K, G=N // K)
+    tiling = tiling_of(inputs, options.block_sizes)
+    context, *rows = _core(Plan(tiling, options), _blocks(inputs, tiling))
+    context_BTNV = context[:, : tiling.T].astype(inputs.value_BSKV.dtype)
+    row_max_BNT, row_sum_BNT = (x[..., : tiling.T] for x in rows)
+    return Output(context_BTNV, None, Residuals(row_max_BNT, row_sum_BNT))
 
 
 def _nothing(inputs: Inputs) -> Output:
@@ -87,9 +72,9 @@ def _core_backward(plan: Plan, saved: tuple[Blocks, Softmax], cotangent: Softmax
         values = _as(blocks.distance_bias.values, d_biases.values_NL)
         d_distance_bias = DistanceBias(values, nothing, blocks.distance_bias.first)
     d_blocks = Blocks(
-        _as(blocks.query_gGTH, d_query),
-        _as(blocks.key_gSH, d_key),
-        _as(blocks.value_gSV, d_value),
+        _as(blocks.query_BTNH, d_query),
+        _as(blocks.key_BSKH, d_key),
+        _as(blocks.value_BSKV, d_value),
         nothing if blocks.bias_bnts is None else _as(blocks.bias_bnts, d_biases.bias_bnts),
         d_distance_bias,
         nothing,
@@ -105,33 +90,22 @@ def _as(x: Array, gradient: Any) -> Array:
 _core.defvjp(_core_forward, _core_backward)
 
 
-# --- groups and whole blocks --------------------------------------------------------------------
+# --- whole blocks -------------------------------------------------------------------------------
 
 
 def _blocks(inputs: Inputs, tiling: Tiling) -> Blocks:
-    """BTNH to gGTH with g = b K + k, and every length filled up to whole blocks."""
+    """Every length filled up to whole blocks."""
     T, S = tiling.query_blocks * tiling.t, tiling.key_blocks * tiling.s
-    B, _, _, H = inputs.query_BTNH.shape
-    query_BTKGH = _fill(inputs.query_BTNH, 1, T).reshape(B, T, tiling.K, tiling.G, H)
     bias = inputs.bias_bnts
     return Blocks(
-        query_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B * tiling.K, tiling.G, T, H),
-        _fill(inputs.key_BSKH, 1, S).swapaxes(1, 2).reshape(B * tiling.K, S, H),
-        _fill(inputs.value_BSKV, 1, S).swapaxes(1, 2).reshape(B * tiling.K, S, -1),
+        _fill(inputs.query_BTNH, 1, T),
+        _fill(inputs.key_BSKH, 1, S),
+        _fill(inputs.value_BSKV, 1, S),
         None if bias is None else _fill_scores(bias, T, S),
         _fill_distances(inputs.distance_bias, tiling.t + tiling.s),
         _fill_mask(inputs.mask, T, S),
         inputs.dropout_key,
     )
-
-
-def _ungroup(softmax: Softmax, tiling: Tiling) -> tuple[Array, Array, Array]:
-    """GGTV to BTNV, and gGT to BNT, without what filled the last block."""
-    groups, G, T, V = softmax.sum_Gtv.shape
-    B, N = groups // tiling.K, tiling.K * G
-    context_BNTV = softmax.sum_Gtv.reshape(B, N, T, V)[:, :, : tiling.T]
-    row_max_BNT, row_sum_BNT = (x.reshape(B, N, T)[:, :, : tiling.T] for x in softmax[1:])
-    return context_BNTV.swapaxes(1, 2), row_max_BNT, row_sum_BNT
 
 
 def _fill(x: Array, axis: int, length: int) -> Array:
