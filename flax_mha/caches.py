@@ -164,17 +164,30 @@ def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     slot_BT = slot_BT % S if cache.is_ring else slot_BT
     first_B1 = jnp.reshape(first, (-1, 1))
     stays_BT = (index_1T >= first_B1) & (index_1T < news.count_B[:, None])
-    slot_BT = jnp.where(stays_BT, slot_BT, S)
+    slot_BT = _two_at_least(jnp.where(stays_BT, slot_BT, S), S)
     example_B1 = jnp.arange(len(length_B), dtype="int32")[:, None]
 
     def write(held: Array, new_BTKF: Array) -> Array:
         held_BKSF = held.reshape(-1, *held.shape[-3:])
+        new_BTKF = _two_at_least(new_BTKF, 0)
         held_BKSF = held_BKSF.at[example_B1, :, slot_BT].set(new_BTKF, mode="drop")
         return held_BKSF.reshape(held.shape)
 
     length = cache.length + news.count_B.reshape(cache.length.shape)
     key, value = write(cache.key, news.key_BTKH), write(cache.value, news.value_BTKV)
     return KVCache(key, value, length, cache.is_ring)
+
+
+def _two_at_least(x_BT: Array, filler: int) -> Array:
+    """A second token, whose slot does not exist, beside the only one.
+
+    XLA makes of a scatter of one row an update in place, and then copies the whole cache four times
+    to read it again: a step of one example took 0.5 to 1.4 ms, and takes 0.2.
+    """
+    if x_BT.shape[0] * x_BT.shape[1] > 1:
+        return x_BT
+    widths = [(0, 0), (0, 1)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, widths, constant_values=filler)
 
 
 def _heads_last(x: Array) -> Array:

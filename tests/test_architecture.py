@@ -178,7 +178,7 @@ def test_equations_are_found_where_they_are():
         for node in ast.walk(ast.parse(source))
         if equation_of(node)
     ]
-    assert found.count("attention.reference") == counts["attention.reference"] == 2
+    assert found.count("attention.reference") == counts["attention.reference"] == 3
     assert (found.count("_heads"), found.count("_layer")) == (3, 2)
 
 

@@ -1,5 +1,8 @@
 """The definition: einsum, softmax, einsum. O(T S) memory; every feature; any derivative."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -25,16 +28,14 @@ def attend(inputs: Inputs, options: Options) -> Output:
 
 def _logits(inputs: Inputs, options: Options) -> Array:
     """scale query . key (capped) + bias where allowed, -inf elsewhere; in float32 at least."""
-    (B, T, N, H), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
-    query_BTKGH = inputs.query_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        query_BTKGH,
-        inputs.key_BSKH,
-        precision=options.precision,
-        preferred_element_type=wide_dtype(inputs.query_BTNH.dtype),
-    )
-    logits_BNTS = soft_capped(logits_BKGTS.reshape(B, N, T, S) * options.scale, options)
+    (B, T, N, _), (_, S, _, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
+    einsum = _einsum(inputs.query_BTNH, options)
+    if T == 1:  # the keys first: the other way XLA's CPU would transpose a whole cache of them
+        logits_BKSR = einsum("BSKH,BKRH->BKSR", inputs.key_BSKH, _rows(inputs))
+        logits_BKRS = logits_BKSR.swapaxes(2, 3)
+    else:
+        logits_BKRS = einsum("BKRH,BSKH->BKRS", _rows(inputs), inputs.key_BSKH)
+    logits_BNTS = soft_capped(logits_BKRS.reshape(B, N, T, S) * options.scale, options)
     if inputs.bias_bnts is not None:
         logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
     if inputs.distance_bias is not None:
@@ -42,6 +43,18 @@ def _logits(inputs: Inputs, options: Options) -> Array:
     if inputs.mask.is_empty:
         return logits_BNTS
     return jnp.where(inputs.mask.as_array(T, S), logits_BNTS, -jnp.inf)
+
+
+def _rows(inputs: Inputs) -> Array:
+    """The R = G T queries that meet the keys of one key/value head."""
+    (B, T, N, H), K = inputs.query_BTNH.shape, inputs.key_BSKH.shape[2]
+    return inputs.query_BTNH.swapaxes(1, 2).reshape(B, K, N // K * T, H)
+
+
+def _einsum(x: Array, options: Options) -> Any:
+    """jnp.einsum that sums in float32 at least."""
+    wide = wide_dtype(x.dtype)
+    return functools.partial(jnp.einsum, precision=options.precision, preferred_element_type=wide)
 
 
 def _softmax(logits_BNTS: Array) -> tuple[Array, Residuals]:
@@ -66,12 +79,8 @@ def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
 def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
     B, N, T, S = weights_BNTS.shape
     K, V = inputs.value_BSKV.shape[2:]
-    weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S).astype(inputs.value_BSKV.dtype)
-    context_BTKGV = jnp.einsum(
-        "BKGTS,BSKV->BTKGV",
-        weights_BKGTS,
-        inputs.value_BSKV,
-        precision=options.precision,
-        preferred_element_type=wide_dtype(inputs.value_BSKV.dtype),
-    )
-    return context_BTKGV.reshape(B, T, N, V).astype(inputs.value_BSKV.dtype)
+    einsum = _einsum(inputs.value_BSKV, options)
+    weights_BKRS = weights_BNTS.reshape(B, K, N // K * T, S).astype(inputs.value_BSKV.dtype)
+    context_BKRV = einsum("BKRS,BSKV->BKRV", weights_BKRS, inputs.value_BSKV)
+    context_BNTV = context_BKRV.reshape(B, N, T, V).astype(inputs.value_BSKV.dtype)
+    return context_BNTV.swapaxes(1, 2)
