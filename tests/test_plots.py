@@ -313,6 +313,13 @@ def test_heads_have_a_colour_each_and_do_not_cover_one_another():
     assert left.collections[0].get_facecolors()[0][0] != left.collections[1].get_facecolors()[0][0]
 
 
+def test_a_legend_of_long_names_stays_inside_the_figure():
+    figure = plot_bands(weights(4, T, S), head_labels=["a name of twenty-four ch"] * 4)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+
+
 # --- figures ------------------------------------------------------------------------------------
 
 FIGURES = {
