@@ -1,6 +1,6 @@
-"""Attention maps as one HTML page that needs no network: page.html, .css, .js, and the weights.
+"""Attention maps as one HTML page that needs no network: page.html, its style, scripts, weights.
 
-The page's Content-Security-Policy allows its own script and its own style, known by their hashes,
+The page's Content-Security-Policy allows its own scripts and its own style, by their hashes,
 and no request at all.
 """
 
@@ -22,6 +22,7 @@ from flax_mha._checks import fail, instance
 
 _LEVELS = 255
 _ROUNDING = 1e-6  # a softmax in float32 may end this far above 1
+_SOURCES = {"STYLE": "page.css", "DRAW": "page_draw.js", "SCRIPT": "page.js"}
 _VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
 
 
@@ -95,21 +96,16 @@ def visible(label: str) -> str:
 
 
 def _fill(title: str, maps: list[dict[str, Any]]) -> str:
-    """In one pass, so that a title or a label that looks like a place of the template is text."""
-    style, script = _part("page.css"), _part("page.js")
-    parts = {
-        "TITLE": html.escape(title),
-        "STYLE": style,
-        "STYLE_HASH": _hash(style),
-        "SCRIPT": script,
-        "SCRIPT_HASH": _hash(script),
-        # `<` would let a label end the script element, or open a comment in it.
-        "DATA": json.dumps(maps).replace("<", "\\u003c"),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _part("page.html"))
+    """In one pass, so that a title or a label that looks like a place of page.html is text."""
+    # `<` would let a label end the script element, or open a comment in it.
+    parts = {"TITLE": html.escape(title), "DATA": json.dumps(maps).replace("<", "\\u003c")}
+    for place, name in _SOURCES.items():
+        parts[place] = _read(name)
+        parts[f"{place}_HASH"] = _hash(parts[place])
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _read("page.html"))
 
 
-def _part(name: str) -> str:
+def _read(name: str) -> str:
     return importlib.resources.files("flax_mha.demo").joinpath(name).read_text("utf-8")
 
 
