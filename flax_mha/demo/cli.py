@@ -20,6 +20,8 @@ examples:
   python -m flax_mha.demo train configs/python_lm.toml --data shakespeare.txt --out runs/plays
   python -m flax_mha.demo resume runs/plays
   python -m flax_mha.demo generate runs/python_lm --prompt "class " --top-k 40 --seed 1
+  python -m flax_mha.demo predict runs/dates "Tuesday, the 3rd of March 1987"
+  python -m flax_mha.demo inspect runs/digits 7
 """
 
 
@@ -85,6 +87,19 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(options: argparse.Namespace) -> int:
+    task, params, screen = _opened(options.run)
+    task.predict(params, options.inputs, screen)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from flax_mha.demo.run import inspect
+
+    inspect(options.run, options.input, pictures=not options.no_plots)
+    return 0
+
+
 def _opened(path: Path) -> Any:
     """The task, the parameters and a screen of a run, which need not be finished."""
     from flax_mha.demo.run import opened
@@ -103,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_resume(commands)
     _add_generate(commands)
+    _add_predict(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -167,6 +184,33 @@ def _add_generate(commands: Any) -> None:
         help="draw from the K likeliest; 0 = all",
     )
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="what a model makes of digits or dates",
+        description="Of dates: their ISO form. Of digits: what held-out images, by their number, "
+        "are read as. Without inputs: of some held-out ones, with the truth.",
+    )
+    predict.set_defaults(command=_predict)
+    _add_run(predict)
+    predict.add_argument("inputs", nargs="*", metavar="INPUT", help='as "3rd of March, 1987", or 7')
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw what the attention looks at",
+        description="Write the attention maps of a run into it: attention.html, where layer, head "
+        "and query are picked, and a PNG a layer.",
+    )
+    inspect.set_defaults(command=_inspect)
+    _add_run(inspect)
+    inspect.add_argument(
+        "input", nargs="?", metavar="INPUT", help="a text, a date, or the number of a digit"
+    )
+    inspect.add_argument("--no-plots", action="store_true", help="write the page alone")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

@@ -1,10 +1,12 @@
 """The directory of a run, which says whether the run is finished.
 
-UNFINISHED       there until all is done; says how to go on
-settings.json    what was asked for
-metrics.jsonl    one JSON line a record: start, train, held_out, result
-checkpoints/     the two newest states
-...              pictures, and what the task makes
+    UNFINISHED       there until all is done; says how to go on
+    settings.json    what was asked for
+    metrics.jsonl    one JSON line a record: start, train, held_out, result
+    checkpoints/     the two newest states
+    ...              pictures, and what the task makes
+
+The files are written as the run goes on, so that a run that was killed has lost little.
 """
 
 import dataclasses

@@ -16,6 +16,7 @@ import numpy as np
 from flax_mha.demo import checkpoint, plots, train
 from flax_mha.demo.directory import Records, RunDirectory
 from flax_mha.demo.extras import require
+from flax_mha.demo.pictures import write_maps
 from flax_mha.demo.settings import DemoError, Settings
 from flax_mha.demo.tasks import TASKS
 from flax_mha.demo.tasks.contract import Task
@@ -67,6 +68,20 @@ def resume(path: Path, *, pictures: bool = True) -> None:
     records.go_back(step)
     screen.say(f"Resuming after step {step} of {task.settings.train.steps}.")
     _go_on(Run(task, directory, records, screen), lambda: (state, step), pictures)
+
+
+def inspect(path: Path, text: str | None, *, pictures: bool = True) -> None:
+    """Writes what the attention of a run looks at, and says where."""
+    if pictures:
+        require("matplotlib", "the pictures", "or pass --no-plots")
+    task, params, screen = opened(path)
+    title = _title(task)
+    for file in write_maps(task.maps(params, text), title, path, pictures=pictures):
+        screen.say(str(file))
+
+
+def _title(task: Task) -> str:
+    return f"What the attention of the task {task.settings.task!r} looks at"
 
 
 def opened(path: Path) -> tuple[Task, Any, Screen]:
@@ -192,6 +207,7 @@ def _finish(run: Run, state: train.State, pictures: bool) -> None:
     if made:
         (run.directory.path / "sample.txt").write_text(made, encoding="utf-8")
     if pictures:
+        write_maps(run.task.maps(params), _title(run.task), run.directory.path)
         lines = run.task.yardsticks(results)
         plots.plot_training(run.records, lines, run.directory.path / "loss.png")
     run.directory.end()

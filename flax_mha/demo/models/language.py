@@ -1,9 +1,11 @@
 """A decoder-only Transformer over bytes, built on `flax_mha.MultiHeadAttention`.
 
-x = embedding[byte] + position
-x = x + attention(norm(x))        causal: a byte sees itself and what stands before it
-x = x + mlp(norm(x))              ... `layers` times
-logits = norm(x) @ head           of the next byte
+    x = embedding[byte] + position
+    x = x + attention(norm(x))        causal: a byte sees itself and what stands before it
+    x = x + mlp(norm(x))              ... `layers` times
+    logits = norm(x) @ head           of the next byte
+
+Letters: as in `layers.py`.
 """
 
 import dataclasses

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 from flax_mha._typing import Array
+from flax_mha.demo.page import AttentionMap
 from flax_mha.demo.settings import DemoError, Settings
 from flax_mha.demo.terminal import Screen
 
@@ -82,6 +84,26 @@ class Task(abc.ABC):
     def judge(self, params: Any, screen: Screen) -> Records:
         """Prints what came of the training, on held-out data; returns the same as records."""
 
+    @abc.abstractmethod
+    def maps(self, params: Any, text: str | None = None) -> list[AttentionMap]:
+        """What every attention layer looks at, for an input or for a held-out example.
+
+        Raises:
+            DemoError: the input is not the task's.
+        """
+
+    def scores(self, params: Any, *inputs: Array) -> list[np.ndarray]:
+        """The attention weights of every layer of `attention_paths`, of the first example."""
+        # Asked for by name: only the reference is bound to give them.
+        attention = self.settings.attention.replace(implementation="reference")
+        watched = self.model.clone(attention=attention, sow_attention_scores=True)
+        _, sown = watched.apply({"params": params}, *inputs, mutable=["intermediates"])
+        found = []
+        for path in self.attention_paths:
+            node = functools.reduce(lambda tree, name: tree[name], path, sown["intermediates"])
+            found.append(np.asarray(node["attention_scores"][0][0], np.float32))
+        return found
+
     def yardsticks(self, results: Records) -> dict[str, float]:
         """What others reach, in the measure of `glance`: lines in the picture of the training."""
         return {}
@@ -96,7 +118,8 @@ class Task(abc.ABC):
         Raises:
             DemoError: the inputs are not the task's, or it predicts nothing.
         """
-        raise DemoError(f"the task {self.settings.task!r} does not predict.")
+        rule = f"the task {self.settings.task!r} does not predict"
+        raise DemoError(f"{rule}. Use `generate RUN --prompt TEXT`.")
 
     def generate(self, params: Any, prompt: str, count: int, how: Any, screen: Screen) -> None:
         """Prints text that continues the prompt.
@@ -104,8 +127,8 @@ class Task(abc.ABC):
         Raises:
             DemoError: the task is not a language model.
         """
-        remedy = "Use `predict` instead"
-        raise DemoError(f"the task {self.settings.task!r} does not generate text. {remedy}.")
+        rule = f"the task {self.settings.task!r} does not generate text"
+        raise DemoError(f"{rule}. Use `predict RUN`.")
 
 
 def count_parameters(params: Any) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax_mha.demo import compressors, evaluate
 from flax_mha.demo.data.text import Split, TextSettings, load_split, windows
 from flax_mha.demo.generate import Sampling, generate, generate_without_cache
 from flax_mha.demo.models.language import Transformer, TransformerSettings
+from flax_mha.demo.page import AttentionMap
 from flax_mha.demo.settings import DemoError, TrainSettings, number
 from flax_mha.demo.tasks.contract import Records, Task, count_parameters
 from flax_mha.demo.terminal import Screen
@@ -26,6 +27,9 @@ from flax_mha.demo.terminal import Screen
 _HOW_TO_READ = """\
 Every column compares on the same bytes. The compressors start each column from nothing; the model
 has learned from the training text, and its {size:,} parameters are not counted."""
+
+
+_SNIPPET_BYTES = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,20 @@ class Language(Task):
         pairs = zip(self._prefixes, results)
         return [{"bytes": len(text), "parameters": size, **result} for text, result in pairs]
 
+    def maps(self, params: Any, text: str | None = None) -> list[AttentionMap]:
+        """One map a layer, of a few bytes of held-out text or of the text that is given."""
+        context = self.settings.model.context
+        content = snippet(self.split.held_out, context) if text is None else text.encode()
+        if not 0 < len(content) <= context:
+            rule = f"the text must have 1 to model.context = {context} bytes"
+            raise DemoError(f"{rule}. Received: {len(content)}.")
+        labels = [chr(byte) if byte < 128 else f"{byte:02x}" for byte in content]
+        found = self.scores(params, jnp.asarray([list(content)], jnp.int32))
+        return [
+            AttentionMap(f"layer {i} self-attention", scores_NTS, labels, labels)
+            for i, scores_NTS in enumerate(found)
+        ]
+
     def yardsticks(self, results: Records) -> dict[str, float]:
         """The compressors', on the bytes of `glance`."""
         others = {"bytes", "parameters", "model"}
@@ -129,10 +147,6 @@ class Language(Task):
         screen.say(text)
         screen.rule()
         return text
-
-    def predict(self, params: Any, inputs: Sequence[str], screen: Screen) -> None:
-        """A language model continues texts."""
-        raise DemoError("a language model does not predict. Use `generate RUN --prompt TEXT`.")
 
     def generate(self, params: Any, prompt: str, count: int, how: Sampling, screen: Screen) -> None:
         """Also both speeds, measured on a second call: the first one compiles."""
@@ -153,6 +167,13 @@ class Language(Task):
 
     def _bits_per_byte(self, params: Any, text: np.ndarray) -> float:
         return evaluate.bits_per_byte(self.model, params, text, self.settings.model.context)
+
+
+def snippet(text: np.ndarray, limit: int) -> bytes:
+    """A few bytes of code to look at: from the first method on, where there is one."""
+    whole = text.tobytes()
+    start = max(whole.find(b"    def "), 0)
+    return whole[start : start + min(limit, _SNIPPET_BYTES)]
 
 
 def _text(content: bytes) -> str:
