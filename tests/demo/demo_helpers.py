@@ -15,6 +15,13 @@ TINY = {
             "sample_bytes": 24,
         },
     },
+    "digits": {
+        "task": {"name": "digits"},
+        "data": {"held_out": 40, "validation": 20},
+        "model": {"layers": 1, "features": 8, "mlp_ratio": 1},
+        "attention": {"num_heads": 2},
+        "train": {"steps": 40, "batch_size": 8, "learning_rate": 0.01},
+    },
 }
 
 
