@@ -22,6 +22,13 @@ TINY = {
         "attention": {"num_heads": 2},
         "train": {"steps": 40, "batch_size": 8, "learning_rate": 0.01},
     },
+    "dates": {
+        "task": {"name": "dates"},
+        "data": {"held_out": 40, "validation": 20},
+        "model": {"layers": 1, "features": 8, "mlp_ratio": 1},
+        "attention": {"num_heads": 2},
+        "train": {"steps": 40, "batch_size": 8, "learning_rate": 0.01},
+    },
 }
 
 
