@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from flax_mha import _checks
-from flax_mha._plot_figure import Font, Side, new_figure
+from flax_mha._plot_figure import CHARACTER, Side, new_figure, set_ticks
 
 # Of Okabe and Ito, apart for colour-blind readers; without their yellow, too faint on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
 _ROW = 0.8  # of the distance between two tokens, what the bands of all heads may fill
 _TOKEN_INCHES = 0.3
+_FONT = 10.0
 _MAX_INCHES = 14.0
 
 
@@ -27,20 +28,19 @@ def draw(
 ) -> Any:
     """The figure of `plots.plot_bands`."""
     _few_heads(len(names))
-    largest = float(weights_NTS.max()) or 1.0
+    largest = float(weights_NTS.max()) or 1.0  # nothing is drawn where all are 0
     least = _threshold(threshold, largest)
     rows = max(queries.length, keys.length)
     height = min(_TOKEN_INCHES * rows, _MAX_INCHES)
-    font = Font(10)
-    width = 3.5 + font.character * (queries.longest + keys.longest)
+    width = max(3.5, height / 3) + _FONT * CHARACTER * (queries.longest + keys.longest)
     figure = new_figure(width, height + 1.2, title)
     axes = figure.subplots()
-    _columns_of_tokens(axes, queries, keys, rows, height, font)
+    _columns_of_tokens(axes, queries, keys, rows, height)
     for n, weights_TS in enumerate(weights_NTS):
         shift = (n - (len(names) - 1) / 2) * _ROW / len(names)
         places = (rows - queries.length) / 2 + shift, (rows - keys.length) / 2 + shift
         _bands(axes, weights_TS, places, _ROW / len(names), (least, largest), _COLOURS[n])
-    axes.set_xlabel(f"widest band: weight {largest:.2g}; not drawn: below {least:.2g}", fontsize=8)
+    axes.set_xlabel(f"full width: weight {largest:.2g}; not drawn: below {least:.2g}", fontsize=8)
     if any(names):
         _legend(figure, names)
     return figure
@@ -57,19 +57,14 @@ def _threshold(threshold: Any, largest: float) -> float:
     return largest / 10 if threshold is None else _checks.rate("threshold", threshold)
 
 
-def _columns_of_tokens(
-    axes: Any, queries: Side, keys: Side, rows: int, height: float, font: Font
-) -> None:
-    right = axes.secondary_yaxis("right")
-    for axis, side in ((axes.yaxis, queries), (right.yaxis, keys)):
-        ticks, labels = side.ticks(height / font.line)
-        places = np.asarray(ticks) + (rows - side.length) / 2
-        axis.set_ticks(places, labels, fontsize=font.size, parse_math=False)
-        axis.set_tick_params(length=0)
-        axis.set_label_text(side.name)
-    axes.set(xlim=(0, 1), ylim=(rows - 0.5, -0.5), xticks=[])
-    for frame in (*axes.spines.values(), *right.spines.values()):
-        frame.set_visible(False)
+def _columns_of_tokens(axes: Any, queries: Side, keys: Side, rows: int, height: float) -> None:
+    left, right = (axes, queries, -0.02, "right"), (axes.twinx(), keys, 1.02, "left")
+    for panel, side, x, align in (left, right):
+        first = (rows - side.length) / 2
+        set_ticks(panel.yaxis, side, height * side.length / rows, _FONT, first=first)
+        panel.tick_params(length=0)
+        panel.text(x, 1, side.name, ha=align, fontweight="bold", transform=panel.transAxes)
+        panel.set(xlim=(0, 1), ylim=(rows - 0.5, -0.5), xticks=[], frame_on=False)
 
 
 def _bands(
@@ -114,6 +109,8 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
     # A label that begins with `_` would be left out, so the texts are set afterwards.
     patches = [Patch(facecolor=colour) for colour in _COLOURS[: len(names)]]
     keys = [str(n) for n in range(len(names))]
-    legend = figure.legend(patches, keys, loc="outside lower center", ncols=4, frameon=False)
+    entry = _FONT * CHARACTER * (6 + max(map(len, names)))
+    across = max(1, min(4, int(figure.get_figwidth() / entry)))
+    legend = figure.legend(patches, keys, loc="outside lower center", ncols=across, frameon=False)
     for text, name in zip(legend.get_texts(), names):
         text.set(text=name, parse_math=False)

@@ -16,29 +16,27 @@ from flax_mha.masks import Mask
 # Attention weights of T1 x T2 queries over S1 x S2 keys, with their heads.
 GRID_LETTERS = "[T1, T2, S1, S2] or [N, T1, T2, S1, S2]"
 LETTERS = "[T, S] or [N, T, S]"
+_ONE_EXAMPLE = "Pass `scores[0]`, one example of the batch."
 MAX_PANELS = 64
 
 
-def weights_NTS(scores: Any) -> np.ndarray:
-    """Attention weights `[N, T, S]` of `[T, S]` or `[N, T, S]`."""
+def weights_NTS(scores: Any, remedy: str = "") -> np.ndarray:
+    """Attention weights `[N, T, S]` of `[T, S]` or `[N, T, S]`; `remedy` is for more axes."""
     weights = _weights(scores, LETTERS)
-    if weights.ndim > 3:
-        remedy = "Pass `scores[0]`, one example of the batch"
-        if weights.ndim > 4:
-            remedy += "; of attention over two axes also `query=(row, column)`"
-        _wrong_rank(LETTERS, weights.shape, f"{remedy}.")
     if weights.ndim < 2:
         _wrong_rank(LETTERS, weights.shape)
-    return _non_empty(weights.reshape(-1, *weights.shape[-2:]))
+    if weights.ndim > 3:
+        _wrong_rank(LETTERS, weights.shape, f"{_ONE_EXAMPLE} {remedy}".strip())
+    return _non_empty("scores", weights).reshape(-1, *weights.shape[-2:])
 
 
 def weights_of_query(scores: Any, query: Any) -> tuple[np.ndarray, tuple[int, int], Shape]:
     """Weights `[N, S1, S2]` of one query of a grid, its place, and the grid's sizes (T1, T2)."""
     weights = _weights(scores, GRID_LETTERS)
     if weights.ndim not in (4, 5):
-        remedy = "Pass `scores[0]`, one example of the batch." if weights.ndim > 5 else ""
+        remedy = _ONE_EXAMPLE if weights.ndim > 5 else ""
         _wrong_rank(f"{GRID_LETTERS} where `query` is given", weights.shape, remedy)
-    weights = _non_empty(weights.reshape(-1, *weights.shape[-4:]))
+    weights = _non_empty("scores", weights).reshape(-1, *weights.shape[-4:])
     row, column = place(query, weights.shape[1:3])
     return weights[:, row, column], (row, column), weights.shape[1:3]
 
@@ -54,18 +52,19 @@ def place(query: Any, sizes: Shape) -> tuple[int, int]:
 
 
 def image_array(image: Any, sizes: Shape) -> np.ndarray:
-    """`[S1, S2]`, or `[S1, S2, 3]` for colours, as float32."""
-    array = _numbers("image", image, "[S1, S2] or [S1, S2, 3]")
-    if array.shape not in (sizes, (*sizes, 3)):
-        rule = f"`image` must have the shape [S1, S2] = {sizes} of the keys, or [S1, S2, 3]."
-        _checks.fail(ValueError, rule, f"shape {array.shape}")
+    """`[S1, S2]` as float32."""
+    array = _numbers("image", image, "[S1, S2]")
+    if array.shape != sizes:
+        rule = f"`image` must have the shape [S1, S2] = {sizes} of the keys."
+        remedy = "Of colours, pass `image.mean(-1)`." if array.ndim == 3 else ""
+        _checks.fail(ValueError, rule, f"shape {array.shape}", remedy)
     return array
 
 
 def mask_BNTS(mask: Any, query_length: Any, key_length: Any) -> np.ndarray:
     """Booleans `[B, N, T, S]` of a `Mask` and two lengths, or of an array."""
     if isinstance(mask, Mask):
-        return _non_empty(_of_structure(mask, query_length, key_length), "mask")
+        return _of_structure(mask, query_length, key_length)
     _concrete("mask", mask)
     array = np.asarray(_checks.boolean_mask("mask", mask))
     if array.ndim not in (2, 3, 4):
@@ -78,7 +77,7 @@ def mask_BNTS(mask: Any, query_length: Any, key_length: Any) -> np.ndarray:
         if length is not None and length != size:
             rule = f"`{name}` must be {size}, the length that the array has; it may be left out."
             _checks.fail(ValueError, rule, f"{name}={length!r}")
-    return _non_empty(array.reshape((1,) * (4 - array.ndim) + array.shape), "mask")
+    return _non_empty("mask", array).reshape((1,) * (4 - array.ndim) + array.shape)
 
 
 def _of_structure(mask: Mask, query_length: Any, key_length: Any) -> np.ndarray:
@@ -91,7 +90,7 @@ def _of_structure(mask: Mask, query_length: Any, key_length: Any) -> np.ndarray:
     leaves = jax.tree.leaves(mask)
     for leaf in leaves:
         _concrete("mask", leaf)
-    rows = [leaf.shape[0] for leaf in leaves if len(leaf.shape) > 1]
+    rows = [np.shape(leaf)[0] for leaf in leaves if np.ndim(leaf) > 1]
     heads = [dense.shape[1] for dense in mask.dense_masks]
     mask.check(max(rows, default=1), max(heads, default=1), T, S)
     return np.asarray(mask.as_array(T, S))
@@ -137,7 +136,7 @@ def _concrete(name: str, value: Any) -> None:
         _checks.fail(TypeError, rule, f"a tracer of shape {value.shape}", remedy)
 
 
-def _non_empty(array: np.ndarray, name: str = "scores") -> np.ndarray:
+def _non_empty(name: str, array: np.ndarray) -> np.ndarray:
     if array.size == 0:
         rule = f"`{name}` must have at least one query, one key and one head."
         _checks.fail(ValueError, rule, f"shape {array.shape}")

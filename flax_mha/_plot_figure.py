@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,20 +13,9 @@ from flax_mha._plot_labels import step_between
 
 _ROW_INCHES = 13.0  # of all panels of a row
 _MARGIN = 0.5  # inches: an axis's name and ticks
-
-
-class Font(NamedTuple):
-    """A size in points; in inches, the height of a line and about the width of a character."""
-
-    size: float
-
-    @property
-    def line(self) -> float:
-        return self.size * 1.3 / 72
-
-    @property
-    def character(self) -> float:
-        return self.size * 0.65 / 72
+_LONGEST = 8  # sides' ratio above which a panel is not drawn true to scale
+_SMALLEST = 6.0  # points
+LINE, CHARACTER = 1.3 / 72, 0.65 / 72  # inches for each point of a font: its height, its width
 
 
 class Side(NamedTuple):
@@ -58,6 +48,7 @@ def import_matplotlib() -> Any:
 
 def new_figure(width: float, height: float, title: str | None) -> Any:
     """A figure that a notebook shows as a cell's value, whether or not pyplot was imported."""
+    height += 0.0 if title is None else 0.3
     figure = import_matplotlib().figure.Figure(figsize=(width, height), layout="compressed")
     # IPython learns of figures from pyplot alone; without this it would print `<Figure ...>`.
     figure._repr_png_ = functools.partial(_png, figure)
@@ -73,38 +64,47 @@ def _png(figure: Any) -> bytes:
 
 
 def new_panels(
-    titles: Sequence[str], rows: Side, columns: Side, title: str | None, *, beside: float
+    titles: Sequence[str],
+    rows: Side,
+    columns: Side,
+    title: str | None,
+    *,
+    beside: float = 0.1,
+    below: float = 0.0,
 ) -> tuple[Any, list[Any]]:
-    """A figure and one axes for each title; `beside` inches of its width are for a legend."""
+    """A figure and one axes for each title, with inches `beside` and `below` for legends."""
     count = len(titles)
-    font = Font(9 if count == 1 else 8)
+    largest = 9 if count == 1 else 8
     width, height = _panel_inches(rows.length, columns.length, count)
     across = _columns(count, width)
+    character = largest * CHARACTER
     figure = new_figure(
-        across * (width + 0.1) + _MARGIN + font.character * rows.longest + beside,
-        -(-count // across) * (height + 0.3) + _MARGIN + font.character * columns.longest,
+        across * (width + 0.1) + _MARGIN + character * rows.longest + beside,
+        -(-count // across) * (height + 0.3) + _MARGIN + character * columns.longest + below,
         title,
     )
     grid = list(figure.subplots(-(-count // across), across, squeeze=False).ravel())
     for i, (axes, name) in enumerate(zip(grid, titles)):
-        axes.set_title(name, fontsize=font.size + 1, parse_math=False)
-        _query_ticks(axes, rows, font, height, shown=i % across == 0)
-        _key_ticks(axes, columns, font, width, shown=i + across >= count)
+        axes.set_title(name, fontsize=largest + 1, parse_math=False)
+        _query_ticks(axes, rows, height, largest, shown=i % across == 0)
+        _key_ticks(axes, columns, width, largest, shown=i + across >= count)
     for unused in grid[count:]:
         unused.remove()
     return figure, grid[:count]
 
 
-def is_square(T: int, S: int) -> bool:
-    """Whether the cells of T x S are drawn as squares: not where a row would be a thin line."""
-    return max(T, S) <= 8 * min(T, S)
+def aspect_of(T: int, S: int) -> str:
+    """Square cells, but not where a row of them would be a thin line."""
+    return "equal" if max(T, S) <= _LONGEST * min(T, S) else "auto"
 
 
 def _panel_inches(T: int, S: int, count: int) -> tuple[float, float]:
-    low, high, cell = (2.4, 7.0, 0.32) if count == 1 else (1.8, 3.2, 0.22)
-    side = min(max(cell * max(T, S), low), high)
-    width, height = side * S / max(T, S), side * T / max(T, S)
-    return (width, height) if is_square(T, S) else (max(width, side / 8), max(height, side / 8))
+    """Cells of a readable size within limits; a long panel may be longer than a square one."""
+    low, high, cell = (2.4, 8.0, 0.32) if count == 1 else (1.8, 3.2, 0.22)
+    longest = max(T, S)
+    limit = min(high * math.sqrt(longest / min(T, S)), max(high, 6.5))
+    side = min(max(cell * longest, low), limit)
+    return max(side * S / longest, side / _LONGEST), max(side * T / longest, side / _LONGEST)
 
 
 def _columns(count: int, width: float) -> int:
@@ -113,18 +113,48 @@ def _columns(count: int, width: float) -> int:
     return -(-count // rows)
 
 
-def _query_ticks(axes: Any, side: Side, font: Font, inches: float, *, shown: bool) -> None:
-    ticks, labels = side.ticks(inches / font.line)
-    axes.yaxis.set_ticks(ticks, labels, fontsize=font.size, parse_math=False)
+def _query_ticks(axes: Any, side: Side, inches: float, largest: float, *, shown: bool) -> None:
+    set_ticks(axes.yaxis, side, inches, largest)
     axes.tick_params(axis="y", labelleft=shown)
-    axes.set_ylabel(side.name if shown else "", fontsize=font.size + 1)
+    axes.set_ylabel(side.name if shown else "", fontsize=largest + 1)
 
 
-def _key_ticks(axes: Any, side: Side, font: Font, inches: float, *, shown: bool) -> None:
-    fits = inches / (font.character * (side.longest + 1))
-    upright = side.labels is not None and fits < side.length
-    ticks, labels = side.ticks(inches / font.line if upright else fits)
-    rotation = 90 if upright else 0
-    axes.xaxis.set_ticks(ticks, labels, fontsize=font.size, rotation=rotation, parse_math=False)
+def _key_ticks(axes: Any, side: Side, inches: float, largest: float, *, shown: bool) -> None:
+    room = (side.longest + 0.6) * CHARACTER
+    stands = side.labels is not None and room * _SMALLEST * side.length > inches
+    set_ticks(axes.xaxis, side, inches, largest, LINE if stands else room, upright=stands)
     axes.tick_params(axis="x", labelbottom=shown)
-    axes.set_xlabel(side.name if shown else "", fontsize=font.size + 1)
+    axes.set_xlabel(side.name if shown else "", fontsize=largest + 1)
+
+
+def set_ticks(
+    axis: Any,
+    side: Side,
+    inches: float,
+    largest: float,
+    room: float = LINE,
+    *,
+    upright: bool = False,
+    first: float = 0.0,
+) -> None:
+    """Labels as large as all have room for; where that could not be read, evenly spaced ones.
+
+    Args:
+        axis: of matplotlib.
+        side: what stands there.
+        inches: the length of the axis.
+        largest: points.
+        room: inches along the axis that a label takes for each point of its font.
+        upright: whether the texts stand on end.
+        first: where on the axis position 0 is.
+    """
+    size = min(inches / side.length / room, largest)
+    if side.labels is None or size < _SMALLEST:
+        size = largest
+    # Numbers need not be close to one another to be read; and what fits exactly does fit.
+    gap = 1.0 if side.labels else 1.5
+    ticks, labels = side.ticks(inches / (gap * room * size) + 1e-6)
+    rotation = "vertical" if upright else "horizontal"
+    axis.set_ticks(
+        [first + tick for tick in ticks], labels, fontsize=size, rotation=rotation, parse_math=False
+    )

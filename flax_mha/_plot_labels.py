@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from flax_mha import _checks
 
 _VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 _LONGEST = 24
+_REMEDY = "Pass bytes as `text.decode('latin-1')`, an array of token ids as `ids.tolist()`."
 
 
 def labels_of(name: str, labels: Any, count: int, letter: str) -> list[str] | None:
@@ -17,15 +21,14 @@ def labels_of(name: str, labels: Any, count: int, letter: str) -> list[str] | No
     if labels is None:
         return None
     rule = f"`{name}` must be a sequence of {letter} = {count} strings."
-    if isinstance(labels, (bytes, bytearray)) or not hasattr(labels, "__len__"):
-        remedy = "A string stands for its characters: of bytes, pass `text.decode('latin-1')`."
-        _checks.fail(TypeError, rule, f"{name} of type {type(labels).__name__}", remedy)
+    if isinstance(labels, bytes) or not isinstance(labels, (Sequence, np.ndarray)):
+        _checks.fail(TypeError, rule, f"{name} of type {type(labels).__name__}", _REMEDY)
     for label in labels:
-        if not isinstance(label, (str, int)) and not hasattr(label, "__index__"):
-            _checks.fail(TypeError, rule, f"{label!r} of type {type(label).__name__}")
+        if not isinstance(label, (str, Integral)):
+            _checks.fail(TypeError, rule, f"an entry of type {type(label).__name__}", _REMEDY)
     if len(labels) != count:
         _checks.fail(ValueError, rule, f"{len(labels)} labels")
-    return [visible(label if isinstance(label, str) else str(int(label))) for label in labels]
+    return [visible(str(label)) for label in labels]
 
 
 def visible(label: str) -> str:
@@ -58,7 +61,3 @@ def step_between(count: int, fits: float) -> int:
     wanted = count / max(fits, 1)
     power = 10 ** max(math.floor(math.log10(wanted)), 0) if wanted > 1 else 1
     return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= wanted)
-
-
-def longest(labels: Sequence[str]) -> int:
-    return max(map(len, labels), default=0)

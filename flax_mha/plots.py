@@ -8,18 +8,22 @@ optional: `pip install 'flax_mha[plots]'`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flax_mha import _checks, _plot_bands, _plot_checks
-from flax_mha._plot_figure import Side, import_matplotlib, is_square, new_panels
+from flax_mha._plot_figure import Side, aspect_of, import_matplotlib, new_panels
 from flax_mha._plot_labels import labels_of
 from flax_mha._typing import Array
 from flax_mha.masks import Mask
 
-_COLOURS = "magma_r"  # light to dark evenly, and so in grey and to every eye
-_MARK = "#009e73"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = "BuPu"  # white to dark without a turn, and so in grey and to every eye
+_MARK = "#d55e00"
+_OVER_TWO_AXES = "Of attention over two axes, pass also `query=(row, column)`."
 # Forbidden, allowed, and a row that is forbidden altogether: apart in lightness, not in hue alone.
 _MASK_COLOURS = ("#e4e4e4", "#1f4e8c", "#f0a000")
 _MASK_TEXTS = ("may not attend", "may attend", "query that may attend nowhere")
@@ -35,7 +39,7 @@ def plot_attention(
     title: str | None = None,
     query: tuple[int, int] | None = None,
     image: Array | np.ndarray | None = None,
-) -> Any:
+) -> Figure:
     """Attention weights as a matrix of colours, one panel a head, one colour scale for all.
 
     Args:
@@ -48,7 +52,7 @@ def plot_attention(
         title: above all.
         query: (row, column) of one query: its weights are drawn over the S1 x S2 keys, and it is
             marked where the grids of queries and keys are equal.
-        image: `[S1, S2]` or `[S1, S2, 3]`, what the layer looked at, drawn as the first panel.
+        image: `[S1, S2]`, what the layer looked at, drawn as the first panel.
 
     Returns:
         A `matplotlib.figure.Figure`. The colours go from 0 to the largest weight that is drawn.
@@ -74,7 +78,7 @@ def plot_attention(
     if image is not None:
         rule = "`image` needs `query=(row, column)`, the query whose weights are drawn over it."
         _checks.fail(TypeError, rule, "query=None")
-    weights = _plot_checks.weights_NTS(scores)
+    weights = _plot_checks.weights_NTS(scores, _OVER_TWO_AXES)
     N, T, S = weights.shape
     rows = Side("query", T, labels_of("query_labels", query_labels, T, "T"))
     columns = Side("key", S, labels_of("key_labels", key_labels, S, "S"))
@@ -92,11 +96,12 @@ def plot_mask(
     query_labels: Sequence[str] | None = None,
     key_labels: Sequence[str] | None = None,
     title: str | None = None,
-) -> Any:
+) -> Figure:
     """Which query may attend to which key, in two colours; a third marks queries without any key.
 
     Args:
-        mask: a `Mask`, or booleans `[T, S]`, `[N, T, S]` or `[B, N, T, S]`, True = may attend.
+        mask: a `Mask`, or booleans `[T, S]`, `[N, T, S]` or `[B, N, T, S]`, True = may attend; of
+            `[B, T, S]` pass `mask[:, None]`.
         query_length: T; needed with a `Mask`.
         key_length: S; needed with a `Mask`.
         query_labels: T strings; a string stands for its characters. None = positions.
@@ -124,7 +129,7 @@ def plot_mask(
     _plot_checks.panel_count(B * N, "example and head")
     rows = Side("query", T, labels_of("query_labels", query_labels, T, "T"))
     columns = Side("key", S, labels_of("key_labels", key_labels, S, "S"))
-    figure, panels = new_panels(_mask_names(B, N), rows, columns, title, beside=0.2)
+    figure, panels = new_panels(_mask_names(B, N), rows, columns, title, below=0.7)
     kinds = np.where(allowed.any(-1, keepdims=True), allowed, 2).reshape(B * N, T, S)
     for axes, kinds_TS in zip(panels, kinds):
         _draw_mask(axes, kinds_TS)
@@ -140,7 +145,7 @@ def plot_bands(
     head_labels: Sequence[str] | None = None,
     title: str | None = None,
     threshold: float | None = None,
-) -> Any:
+) -> Figure:
     """Queries on the left, keys on the right, joined by bands: the wider and darker, the more.
 
     Args:
@@ -175,7 +180,7 @@ def plot_bands(
     return _plot_bands.draw(weights, queries, keys, names, title, threshold)
 
 
-def _plot_query(scores: Any, query: Any, image: Any, head_labels: Any, title: str | None) -> Any:
+def _plot_query(scores: Any, query: Any, image: Any, head_labels: Any, title: str | None) -> Figure:
     """One query's weights over the grid of keys, beside the image."""
     weights, (row, column), sizes = _plot_checks.weights_of_query(scores, query)
     N, S1, S2 = weights.shape
@@ -183,40 +188,46 @@ def _plot_query(scores: Any, query: Any, image: Any, head_labels: Any, title: st
     pixels = None if image is None else _plot_checks.image_array(image, (S1, S2))
     first = [] if pixels is None else ["image"]
     sides = Side("row", S1), Side("column", S2)
-    figure, panels = new_panels([*first, *names], *sides, title, beside=1.0)
+    figure, panels = new_panels([*first, *names], *sides, title, beside=1.0, below=0.3)
     if pixels is not None:
         panels[0].imshow(pixels, cmap="gray")
     _draw_weights(figure, panels[len(first) :], weights)
-    if sizes == (S1, S2):
-        for axes in panels:
-            _mark_cell(axes, row, column)
+    _mark_query(figure, panels if sizes == (S1, S2) else [], row, column)
     return figure
 
 
 def _draw_weights(figure: Any, panels: Sequence[Any], weights_NTS: np.ndarray) -> None:
     # A row of uniform weights over many keys would be invisible on a scale that ends at 1.
     largest = float(weights_NTS.max()) or 1.0
-    aspect = "equal" if is_square(*weights_NTS.shape[1:]) else "auto"
+    aspect = aspect_of(*weights_NTS.shape[1:])
     for axes, weights_TS in zip(panels, weights_NTS):
         drawn = axes.imshow(weights_TS, cmap=_COLOURS, vmin=0, vmax=largest, aspect=aspect)
-    figure.colorbar(drawn, ax=list(panels), label="attention weight")
+    figure.colorbar(drawn, ax=list(panels), label="attention weight", pad=0.02, aspect=25)
 
 
-def _mark_cell(axes: Any, row: int, column: int) -> None:
+def _mark_query(figure: Any, panels: Sequence[Any], row: int, column: int) -> None:
+    """Frames the query's cell in every panel, and says which it is."""
+    for axes in panels:
+        axes.add_patch(_frame(row, column, "white", 4))
+        axes.add_patch(_frame(row, column, _MARK, 2))
+    sign = _frame(row, column, _MARK if panels else "none", 2)
+    text = f"query: row {row}, column {column}"
+    figure.legend([sign], [text], loc="outside lower center", frameon=False)
+
+
+def _frame(row: int, column: int, colour: str, width: float) -> Any:
     from matplotlib.patches import Rectangle
 
     corner = (column - 0.5, row - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=4))
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_MARK, linewidth=2))
+    return Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False)
 
 
 def _draw_mask(axes: Any, kinds_TS: np.ndarray) -> None:
     from matplotlib.colors import ListedColormap
 
     T, S = kinds_TS.shape
-    aspect = "equal" if is_square(T, S) else "auto"
     # Where cells are smaller than pixels, colours may be mixed; kinds may not.
-    drawing = {"aspect": aspect, "interpolation_stage": "rgba"}
+    drawing = {"aspect": aspect_of(T, S), "interpolation_stage": "rgba"}
     axes.imshow(kinds_TS, cmap=ListedColormap(_MASK_COLOURS), vmin=0, vmax=2, **drawing)
     if max(T, S) <= _GRID_UP_TO:
         axes.set_xticks(np.arange(S + 1) - 0.5, minor=True)
@@ -249,4 +260,4 @@ def _no_labels_of_tokens(query_labels: Any, key_labels: Any) -> None:
     for name, labels in (("query_labels", query_labels), ("key_labels", key_labels)):
         if labels is not None:
             rule = f"`{name}` cannot be drawn where `query` is given: rows and columns are numbers."
-            _checks.fail(TypeError, rule, f"{len(labels)} labels")
+            _checks.fail(TypeError, rule, f"{name} of type {type(labels).__name__}")
