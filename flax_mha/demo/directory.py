@@ -21,7 +21,11 @@ from flax_mha.demo.config_file import settings_from
 from flax_mha.demo.settings import DemoError, Settings
 
 _COMMAND = "python -m flax_mha.demo"
-_OURS = ("*.png", "*.html", "*.txt", "*.msgpack", "metrics.jsonl", "settings.json")
+# What --overwrite removes: other files in the directory are not the run's.
+_OURS = (
+    *("settings.json", "metrics.jsonl", "sample.txt", "loss.png"),
+    *("attention.html", "attention.png", "attention-*.png", "params.msgpack"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +73,17 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._marker.write_text(f"This run is not finished. Continue: {self.resume_command}\n")
-            self._clear()
+            if self.settings_file.exists():
+                self._clear()
             self.settings_file.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
         except OSError as error:
             raise DemoError(f"cannot write the run's files: {error}") from error
 
     def check_free(self, overwrite: bool) -> None:
         """A run is replaced only where that was asked for; without a checkpoint it is none yet."""
+        if self.checkpoints.exists() and not self.settings_file.exists():
+            rule = f"{self.path} holds `checkpoints` that are no run's: settings.json is not there"
+            raise DemoError(f"{rule}. Choose another place with --out DIR.")
         is_run = self.is_finished or self.last_step is not None
         if is_run and not overwrite:
             state = "a finished run" if self.is_finished else f"a run up to step {self.last_step}"

@@ -18,11 +18,11 @@ def require(module: str, purpose: str, otherwise: str = "") -> None:
         >>> require("no_such_module", "the picture", "or pass --no-plots")
         Traceback (most recent call last):
           ...
-        flax_mha.demo.settings.DemoError: the picture needs no_such_module. \
+        flax_mha.demo.settings.DemoError: no_such_module is needed for the picture. \
 Run `pip install 'flax_mha[demo]'` (or `pip install no_such_module`), or pass --no-plots.
     """
     if importlib.util.find_spec(module) is None:
         package = _PACKAGES.get(module, module)
         remedy = f"Run `pip install 'flax_mha[demo]'` (or `pip install {package}`)"
         ending = f", {otherwise}" if otherwise else ""
-        raise DemoError(f"{purpose} needs {package}. {remedy}{ending}.")
+        raise DemoError(f"{package} is needed for {purpose}. {remedy}{ending}.")

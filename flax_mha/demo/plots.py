@@ -23,7 +23,7 @@ def plot_training(records: Records, yardsticks: Mapping[str, float], path: Path)
 
     trained, held_out = records.of("train"), records.of("held_out")
     measures = list(dict.fromkeys([_measure(trained), _measure(held_out)]))
-    figure = Figure(figsize=(8, 1.5 + 3 * len(measures)), layout="constrained")
+    figure = Figure(figsize=(8, 3 + 1.5 * len(measures)), layout="constrained")
     panels = figure.subplots(len(measures), 1, sharex=True, squeeze=False).ravel()
     for axes, measure in zip(panels, measures):
         _draw(axes, trained, measure, label="training")

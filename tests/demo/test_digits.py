@@ -45,6 +45,13 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert (batches[0].images_BXY != batches[1].images_BXY).any()
 
 
+def test_only_training_images_are_learned_from():
+    task = small_task()
+    known = {image.tobytes() for image in task.split.train.images_BXY}
+    for batch in itertools.islice(task.batches(0), 20):
+        assert {image.tobytes() for image in batch.images_BXY} <= known
+
+
 def test_a_run_predicts_held_out_digits(run_of, capsys):
     run = run_of("digits")
     assert cli.main(run.train("--no-plots", "--steps", "3")) == 0
@@ -91,7 +98,7 @@ def test_without_scikit_learn(run_of, capsys, monkeypatch):
         extras.importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name)
     )
     assert cli.main(run.train("--no-plots")) == 2
-    remedy = "the digits needs scikit-learn. Run `pip install 'flax_mha[demo]'`"
+    remedy = "scikit-learn is needed for the digits. Run `pip install 'flax_mha[demo]'`"
     assert remedy in capsys.readouterr().err
     assert not run.out.exists()
 

@@ -85,7 +85,7 @@ def test_pixels_are_flattened_row_by_row(trained):
     (one_map,) = task.maps(params, "5")
     image = task.split.held_out.images_BXY[5]
     np.testing.assert_array_equal(one_map.image, image)
-    assert one_map.key_labels[11] == "row 1, column 3"
+    assert one_map.key_labels[11] == "1,3"
     (scores,) = task.scores(params, image[None])
     np.testing.assert_array_equal(one_map.scores_NTS[:, 11, 20], scores[:, 1, 3, 2, 4])
 

@@ -155,6 +155,21 @@ def test_a_run_is_replaced_only_when_asked(run_of, capsys):
     assert (run.out / "notes.md").read_text() == "mine"
 
 
+def test_files_of_others_stay(run_of, capsys):
+    run = run_of("language")
+    theirs = [run.out / name for name in ("photo.png", "notes.txt", "checkpoints/best/weights")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    assert cli.main(run.train("--steps", "1", "--overwrite")) == 2
+    assert "holds `checkpoints` that are no run's" in capsys.readouterr().err
+    assert all(path.read_text() == "mine" for path in theirs)
+    (run.out / "checkpoints").rename(run.out / "elsewhere")
+    for _ in range(2):
+        assert cli.main(run.train("--steps", "1", "--no-plots", "--overwrite")) == 0
+    assert all(path.read_text() == "mine" for path in theirs[:2])
+
+
 def test_other_data_are_refused(run_of, capsys):
     run = run_of("language")
     assert cli.main(run.train("--no-plots", "--steps", "2")) == 0

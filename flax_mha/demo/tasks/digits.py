@@ -123,7 +123,7 @@ class DigitsTask(Task):
     def maps(self, params: Any, text: str | None = None) -> list[AttentionMap]:
         """One map a layer, of a held-out image; its pixels in a row."""
         image_XY = self.split.held_out.images_BXY[0 if text is None else self._number(text)]
-        labels = [f"row {x}, column {y}" for x, y in np.ndindex(image_XY.shape)]
+        labels = [f"{x},{y}" for x, y in np.ndindex(image_XY.shape)]
         return [
             AttentionMap(
                 f"layer {i} attention over both axes",
