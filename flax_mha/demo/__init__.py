@@ -1,1 +1,1 @@
-"""A byte-level language model on `MultiHeadAttention`: `python -m flax_mha.demo train CONFIG`."""
+"""Models built on `MultiHeadAttention`, one a task: `python -m flax_mha.demo train CONFIG`."""

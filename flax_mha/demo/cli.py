@@ -1,24 +1,27 @@
-"""The command line: `python -m flax_mha.demo train CONFIG`, and `... generate RUN`."""
+"""The command line: `python -m flax_mha.demo train CONFIG`, and what can be done with a run.
+
+What a command needs is imported when it runs: `--help` is quick, and needs no optional package.
+"""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from flax_mha.demo.config_file import read_settings
-from flax_mha.demo.generate import Sampling
-from flax_mha.demo.run import run
-from flax_mha.demo.sample import sample
 from flax_mha.demo.settings import DemoError
-from flax_mha.demo.tasks import load_split
 
 _EXAMPLES = """\
 examples:
   python -m flax_mha.demo train configs/python_lm.toml
   python -m flax_mha.demo train configs/python_lm.toml --steps 200 --set attention.num_heads=2
   python -m flax_mha.demo train configs/python_lm.toml --data shakespeare.txt --out runs/plays
+  python -m flax_mha.demo resume runs/plays
   python -m flax_mha.demo generate runs/python_lm --prompt "class " --top-k 40 --seed 1
+  python -m flax_mha.demo predict runs/dates "Tuesday, the 3rd of March 1987"
+  python -m flax_mha.demo inspect runs/digits 7
 """
 
 
@@ -31,57 +34,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {options.interrupted}", file=sys.stderr)
+        print("\ninterrupted: nothing was changed", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
+    from flax_mha.demo.config_file import read_settings
+    from flax_mha.demo.run import start
+
+    changes = list(options.overrides)
+    if options.data is not None:
+        # JSON's strings are TOML's; absolute, so that the run is resumed from anywhere.
+        changes.append(f"data.file={json.dumps(str(options.data.absolute()))}")
+    if options.steps is not None:
+        changes.append(f"train.steps={options.steps}")
+    settings = read_settings(options.config, changes)
+    path = options.out or Path("runs") / options.config.stem
+    run = lambda: start(  # noqa: E731
+        settings, path, pictures=not options.no_plots, overwrite=options.overwrite
+    )
+    return _told_how_to_go_on(run)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from flax_mha.demo.run import resume
+
+    return _told_how_to_go_on(lambda: resume(options.run, pictures=not options.no_plots))
+
+
+def _told_how_to_go_on(run: Callable[[], None]) -> int:
+    from flax_mha.demo.run import Interrupted
+
+    try:
+        run()
+    except Interrupted as error:
+        print(f"\n{error}", file=sys.stderr)
         return 130
     return 0
 
 
-def _train(options: argparse.Namespace) -> None:
-    steps = [] if options.steps is None else [f"train.steps={options.steps}"]
-    settings = read_settings(options.config, [*options.overrides, *steps])
-    directory = options.out or Path("runs") / options.config.stem
-    split = load_split(settings.data, options.data)
-    run(settings, split, directory, pictures=not options.no_plots)
+def _generate(options: argparse.Namespace) -> int:
+    from flax_mha.demo.generate import Sampling
 
-
-def _generate(options: argparse.Namespace) -> None:
     how = Sampling(options.temperature, options.top_k, options.seed)
-    sample(options.run, options.prompt, options.bytes, how)
+    task, params, screen = _opened(options.run)
+    task.generate(params, options.prompt, options.bytes, how, screen)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    task, params, screen = _opened(options.run)
+    task.predict(params, options.inputs, screen)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from flax_mha.demo.run import inspect
+
+    inspect(options.run, options.input, pictures=not options.no_plots)
+    return 0
+
+
+def _opened(path: Path) -> Any:
+    """The task, the parameters and a screen of a run, which need not be finished."""
+    from flax_mha.demo.run import opened
+
+    return opened(path)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flax_mha.demo",
-        description="Train a byte-level language model built on flax_mha.MultiHeadAttention.",
+        description="Train models built on flax_mha.MultiHeadAttention, and look at them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_resume(commands)
     _add_generate(commands)
+    _add_predict(commands)
+    _add_inspect(commands)
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="train a model, and compare it with compressors",
-        description="Train a model on text and compare it with lzma, bz2 and zlib on text that "
-        "it has not seen. The text is the source of Python's own standard library.",
+        help="train a model, and judge it on held-out data",
+        description="Train the model that a TOML file describes, and judge it on held-out data. "
+        "Ctrl-C saves; `resume` goes on from there.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.set_defaults(command=_train, interrupted="nothing was saved")
+    train.set_defaults(command=_train)
     train.add_argument("config", type=Path, metavar="CONFIG", help="the TOML file of settings")
-    train.add_argument("--data", type=Path, metavar="FILE", help="learn from FILE instead")
+    train.add_argument(
+        "--data", type=Path, metavar="FILE", help="a language model learns from FILE instead"
+    )
     train.add_argument(
         "--out", type=Path, metavar="DIR", help="where the files go (default: runs/NAME of CONFIG)"
     )
+    train.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     train.add_argument("--steps", metavar="N", help="short for --set train.steps=N")
     train.add_argument(
         "--set",
@@ -94,15 +153,26 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--no-plots", action="store_true", help="draw no pictures")
 
 
-def _add_generate(commands: argparse._SubParsersAction) -> None:
+def _add_resume(commands: Any) -> None:
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was interrupted",
+        description="Go on from a run's last checkpoint, to the numbers of an uninterrupted run.",
+    )
+    resume.set_defaults(command=_resume)
+    _add_run(resume)
+    resume.add_argument("--no-plots", action="store_true", help="draw no pictures")
+
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
-        help="sample text from a trained run",
+        help="sample text from a language model",
         description="Sample text from a trained run, and print bytes per second with a key/value "
         "cache and without.",
     )
-    generate.set_defaults(command=_generate, interrupted="the run is as it was")
-    generate.add_argument("run", type=Path, metavar="RUN", help="a directory that train has left")
+    generate.set_defaults(command=_generate)
+    _add_run(generate)
     generate.add_argument("--prompt", default="def ", help="what the text begins with")
     generate.add_argument("--bytes", type=_at_least(1), default=400, metavar="N", help="how many")
     generate.add_argument("--temperature", type=_above_zero, default=0.7, metavar="X")
@@ -114,6 +184,37 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="draw from the K likeliest; 0 = all",
     )
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="what a model makes of digits or dates",
+        description="Of dates: their ISO form. Of digits: what held-out images, by their number, "
+        "are read as. Without inputs: of some held-out ones, with the truth.",
+    )
+    predict.set_defaults(command=_predict)
+    _add_run(predict)
+    predict.add_argument("inputs", nargs="*", metavar="INPUT", help='as "3rd of March, 1987", or 7')
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw what the attention looks at",
+        description="Write the attention maps of a run into it: attention.html, where layer, head "
+        "and query are picked, and a PNG a layer.",
+    )
+    inspect.set_defaults(command=_inspect)
+    _add_run(inspect)
+    inspect.add_argument(
+        "input", nargs="?", metavar="INPUT", help="a text, a date, or the number of a digit"
+    )
+    inspect.add_argument("--no-plots", action="store_true", help="write the page alone")
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="a directory that train has left")
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from flax_mha._typing import Array
-from flax_mha.demo.model import Transformer
+from flax_mha.demo.models.language import Transformer
 
 _WINDOWS_AT_ONCE = 32
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from flax_mha import init_cache
 from flax_mha._typing import Array, PRNGKey
-from flax_mha.demo.model import Caches, Transformer
+from flax_mha.demo.models.language import Caches, Transformer
 
 
 @dataclasses.dataclass(frozen=True)

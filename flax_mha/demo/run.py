@@ -1,195 +1,213 @@
-"""A whole run: read, train, judge, sample, draw; its files appear together at the end, or not."""
+"""A whole run: read, train, judge, show, draw; and the same from a checkpoint on."""
 
 import contextlib
 import dataclasses
-import json
-import os
-import tempfile
+import hashlib
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import serialization
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from flax_mha.demo import compressors, evaluate, generate, plots, tasks, train
-from flax_mha.demo.model import Transformer
+from flax_mha.demo import checkpoint, plots, train
+from flax_mha.demo.directory import Records, RunDirectory
+from flax_mha.demo.extras import require
+from flax_mha.demo.pictures import write_maps
 from flax_mha.demo.settings import DemoError, Settings
-
-_HOW_TO_READ = """\
-Every column compares on the same bytes. The compressors start each column from nothing; the model
-has learned from the training text, and its {size:,} parameters are not counted."""
-
-
-@dataclasses.dataclass
-class Records:
-    """`metrics.jsonl`, and the same records in memory for the loss curve."""
-
-    file: TextIO
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    def add(self, event: str, **values: Any) -> None:
-        """Writes one JSON line."""
-        self.rows.append({"event": event, **values})
-        self.file.write(json.dumps(self.rows[-1]) + "\n")
+from flax_mha.demo.tasks import TASKS
+from flax_mha.demo.tasks.contract import Task
+from flax_mha.demo.terminal import Screen
 
 
-def run(settings: Settings, split: tasks.Split, directory: Path, *, pictures: bool = True) -> None:
-    """Trains, prints what came of it, and leaves the run's files in `directory`."""
-    started = time.perf_counter()
-    console = Console()
+class Interrupted(Exception):
+    """Ctrl-C, with what to do next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the parts of a run share."""
+
+    task: Task
+    directory: RunDirectory
+    records: Records
+    screen: Screen
+
+
+def start(
+    settings: Settings, path: Path, *, pictures: bool = True, overwrite: bool = False
+) -> None:
+    """Trains, prints what came of it, and leaves the run's files in `path`."""
+    task, directory, screen = _task(settings, pictures), RunDirectory(path), Screen()
+    train.abstract_state(task)
+    directory.check_free(overwrite)
+    screen.say(task.about())
+    fingerprint = _fingerprint(task)
+    directory.begin(settings, overwrite)
+    run = Run(task, directory, Records(directory), screen)
+    run.records.add("start", first_batch_sha256=fingerprint)
+    _go_on(run, lambda: (train.initial_state(task), 0), pictures)
+
+
+def resume(path: Path, *, pictures: bool = True) -> None:
+    """Goes on from the last checkpoint, to the numbers that an uninterrupted run has."""
+    directory, screen = RunDirectory(path), Screen()
+    task = _task(directory.read_settings(), pictures)
+    if directory.is_finished:
+        screen.say(f"{path} is finished: all {task.settings.train.steps} steps are done.")
+        return
+    state, step = load(directory, task)
+    records = Records(directory)
+    started = records.of("start")
+    if not started or started[0]["first_batch_sha256"] != _fingerprint(task):
+        rule = f"the data are not those that {path} began with"
+        raise DemoError(f"{rule}: their first batch differs. Train anew with `train CONFIG`.")
+    records.go_back(step)
+    screen.say(f"Resuming after step {step} of {task.settings.train.steps}.")
+    _go_on(Run(task, directory, records, screen), lambda: (state, step), pictures)
+
+
+def inspect(path: Path, text: str | None, *, pictures: bool = True) -> None:
+    """Writes what the attention of a run looks at, and says where."""
     if pictures:
-        plots.require_matplotlib()
-    model = train.make_model(settings)
-    train.check_model(model, settings)
-    with together(directory) as partial, (partial / "metrics.jsonl").open("w") as file:
-        records = Records(file)
-        (partial / "settings.json").write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
-        console.print(f"Text: {split.source}, {len(split.train):,} bytes to learn from.")
-        params = _train(model, settings, split, records, console)
-        (partial / "params.msgpack").write_bytes(serialization.to_bytes(jax.device_get(params)))
-        baselines = _judge(model, params, settings, split, records, console)
-        _sample(model, params, settings, partial / "sample.txt", console)
-        if pictures:
-            _draw(model, params, settings, split, records, baselines, partial)
+        require("matplotlib", "the pictures", "or pass --no-plots")
+    task, params, screen = opened(path)
+    title = _title(task)
+    for file in write_maps(task.maps(params, text), title, path, pictures=pictures):
+        screen.say(str(file))
+
+
+def _title(task: Task) -> str:
+    return f"What the attention of the task {task.settings.task!r} looks at"
+
+
+def opened(path: Path) -> tuple[Task, Any, Screen]:
+    """The task and the parameters of a run, which need not be finished, and where to print."""
+    directory, screen = RunDirectory(path), Screen()
+    task = _task(directory.read_settings(), pictures=False)
+    state, step = load(directory, task)
+    if not directory.is_finished:
+        screen.say(f"{path} is not finished: this is step {step} of {task.settings.train.steps}.")
+    return task, state.params, screen
+
+
+def load(directory: RunDirectory, task: Task) -> tuple[train.State, int]:
+    """The last state of a run, and its step.
+
+    Raises:
+        DemoError: there is none, or it is damaged.
+    """
+    step = directory.last_step
+    if step is None:
+        rule = f"{directory.path} has no whole checkpoint yet: nothing was saved"
+        raise DemoError(f"{rule}. Train it again with `train CONFIG`.")
+    return checkpoint.restore(directory.checkpoints, step, train.abstract_state(task)), step
+
+
+def _task(settings: Settings, pictures: bool) -> Task:
+    if pictures:
+        require("matplotlib", "the pictures", "or pass --no-plots")
+    return TASKS[settings.task](settings)
+
+
+def _fingerprint(task: Task) -> str:
+    """Of the first batch: other data, or another order of them, would have another."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(next(task.batches(0))):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _go_on(run: Run, begin: Callable[[], tuple[train.State, int]], pictures: bool) -> None:
+    started = time.perf_counter()
+    try:
+        state = _learn(run, *begin())
+        _finish(run, state, pictures)
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_go_on(run.directory)) from None
     seconds = time.perf_counter() - started
-    console.print(f"\n{seconds:.0f} seconds in all. Files: {directory}/", highlight=False)
+    run.screen.say(f"\n{seconds:.0f} seconds in all. Files: {run.directory.path}/")
+
+
+def _how_to_go_on(directory: RunDirectory) -> str:
+    step = directory.last_step
+    if step is None:
+        return "interrupted before the first checkpoint: nothing to continue from"
+    return f"interrupted at step {step}; continue with: {directory.resume_command}"
+
+
+def _learn(run: Run, start: train.State, done: int) -> train.State:
+    """The trained state; a bar shows the way there. Ctrl-C saves what there is."""
+    settings = run.task.settings.train
+    step, state = done, start
+    due = lambda every: step % every == 0 or step == settings.steps  # noqa: E731
+    with _ctrl_c_asks() as is_asked, run.screen.bar(run.task.unit) as bar:
+        row = bar.add_task("compiling", total=settings.steps, completed=done, speed=0.0)
+        since = _Since(done, time.perf_counter())
+        for step, state in train.fit(run.task, start, done):
+            stopping = is_asked()
+            if due(settings.log_every):
+                bar.update(row, completed=step, **_record_loss(run, state, step, since))
+            if due(settings.eval_every):
+                run.records.add("held_out", step=step, **run.task.glance(state.params))
+            if stopping or due(settings.checkpoint_every):
+                checkpoint.save(run.directory.checkpoints, step, state)
+            if stopping:
+                raise KeyboardInterrupt
+            if due(settings.log_every):
+                since = _Since(step, time.perf_counter())
+    return state
+
+
+class _Since(NamedTuple):
+    """Where the speed is counted from."""
+
+    step: int
+    seconds: float
+
+
+def _record_loss(run: Run, state: train.State, step: int, since: _Since) -> dict[str, Any]:
+    """A record; what the bar shows of it."""
+    loss = train.recent_loss(state, step)
+    ((name, value),) = run.task.measures(loss).items()
+    seconds = time.perf_counter() - since.seconds
+    speed = (step - since.step) * run.task.units_a_step / seconds
+    rate = float(train.learning_rate(run.task.settings.train)(step - 1))
+    values = {"learning_rate": rate, "units_per_second": speed, name: value}
+    run.records.add("train", step=step, loss=loss, **values)
+    return {"description": f"{value:.3f} {name.replace('_', ' ')}", "speed": speed}
 
 
 @contextlib.contextmanager
-def together(directory: Path) -> Iterator[Path]:
-    """A place for files that move to `directory` when all are done, and vanish otherwise.
+def _ctrl_c_asks() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of a step, whose state is whole; a second Ctrl-C does not."""
+    asked = threading.Event()
 
-    Raises:
-        DemoError: the directory cannot be written.
-    """
+    def ask(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-")
-    except OSError as error:
-        raise DemoError(f"cannot write the run's files: {error}") from error
-    try:
-        with unfinished as name:
-            yield Path(name)
-            for path in sorted(Path(name).iterdir()):
-                os.replace(path, directory / path.name)
+        yield asked.is_set
     finally:
-        with contextlib.suppress(OSError):  # not empty: this run's files, or an earlier one's
-            directory.rmdir()
+        signal.signal(signal.SIGINT, before)
 
 
-def _train(
-    model: Transformer, settings: Settings, split: tasks.Split, records: Records, console: Console
-) -> Any:
-    """The trained parameters; a bar shows the way there."""
-    glimpse, context = _prefixes(split.held_out)[0], settings.model.context
-    with _bar(console) as bar:
-        task = bar.add_task("compiling", total=settings.train.steps, speed=0.0)
-        for report in train.fit(model, settings, split.train):
-            description = f"{report.bits_per_byte:.3f} bits per byte"
-            speed = report.tokens_per_second
-            bar.update(task, completed=report.step, description=description, speed=speed)
-            values = report._asdict() | {"bits_per_byte": report.bits_per_byte}
-            records.add("train", **{name: values[name] for name in values if name != "params"})
-            if _is_due(report.step, settings):
-                bits = evaluate.bits_per_byte(model, report.params, glimpse, context)
-                records.add("held_out", step=report.step, bits_per_byte=bits, bytes=len(glimpse))
-    return report.params
-
-
-def _is_due(step: int, settings: Settings) -> bool:
-    return step % settings.train.eval_every < settings.train.log_every
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:,.0f} bytes/s"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _judge(
-    model: Transformer,
-    params: Any,
-    settings: Settings,
-    split: tasks.Split,
-    records: Records,
-    console: Console,
-) -> dict[str, float]:
-    """Prints bits per byte beside the compressors'; returns theirs on the shorter prefix."""
-    size = train.count_parameters(params)
-    results = []
-    for text in _prefixes(split.held_out):
-        bits = evaluate.bits_per_byte(model, params, text, settings.model.context)
-        results.append({"model": bits, **compressors.compressed_bits_per_byte(text.tobytes())})
-        records.add("result", bytes=len(text), parameters=size, **results[-1])
-    console.print(_table(split.held_out, results))
-    console.print(_HOW_TO_READ.format(size=size), soft_wrap=True, highlight=False)
-    return {name: bits for name, bits in results[0].items() if name != "model"}
-
-
-def _prefixes(held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A quarter of the held-out text, and all: the more there is, the better compressors do."""
-    return held_out[: max(len(held_out) // 4, 2)], held_out
-
-
-def _table(held_out: np.ndarray, results: list[dict[str, float]]) -> Table:
-    short, whole = (f"{len(text):,}" for text in _prefixes(held_out))
-    table = Table(
-        "", f"first {short} bytes", f"all {whole} bytes", title="Held-out text, bits per byte"
-    )
-    for name in results[0]:
-        table.add_row(name, *(f"{result[name]:.3f}" for result in results))
-    return table
-
-
-def _sample(
-    model: Transformer, params: Any, settings: Settings, path: Path, console: Console
-) -> None:
-    """Prints generated text, and writes it."""
-    train_settings = settings.train
-    if not train_settings.sample_bytes:
-        return
-    prompt = train_settings.prompt.encode()
-    how = generate.Sampling(train_settings.temperature, seed=train_settings.seed)
-    sampled = generate.generate(model, params, prompt, train_settings.sample_bytes, how)
-    text = (prompt + sampled).decode("utf-8", errors="replace")
-    path.write_text(text, encoding="utf-8")
-    title = f"A sample, at temperature {train_settings.temperature}"
-    console.rule(title)
-    console.print(Text(printable(text)))
-    console.rule()
-
-
-def printable(text: str) -> str:
-    """Control characters as escapes: what a model writes must not steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def _draw(
-    model: Transformer,
-    params: Any,
-    settings: Settings,
-    split: tasks.Split,
-    records: Records,
-    baselines: dict[str, float],
-    directory: Path,
-) -> None:
-    """loss.png and attention.png."""
-    held_out = f"held-out, first {len(_prefixes(split.held_out)[0]):,} bytes"
-    plots.plot_loss(records.rows, held_out, baselines, directory / "loss.png")
-    layer = settings.model.layers // 2
-    text = plots.snippet(split.held_out, settings.model.context)
-    scores_NTS = plots.attention_scores(model, params, text, layer)
-    title = f"What the heads of layer {layer} (of {settings.model.layers}, from 0) attend to"
-    plots.plot_attention(scores_NTS, text, title, directory / "attention.png")
+def _finish(run: Run, state: train.State, pictures: bool) -> None:
+    """Judges, shows and draws; then the run is finished."""
+    params = jax.device_get(state.params)
+    results = run.task.judge(params, run.screen)
+    for result in results:
+        run.records.add("result", **result)
+    made = run.task.show(params, run.screen)
+    if made:
+        (run.directory.path / "sample.txt").write_text(made, encoding="utf-8")
+    if pictures:
+        write_maps(run.task.maps(params), _title(run.task), run.directory.path)
+        lines = run.task.yardsticks(results)
+        plots.plot_training(run.records, lines, run.directory.path / "loss.png")
+    run.directory.end()

@@ -1,12 +1,13 @@
-"""Learning: one compiled step, and the loop around it.
+"""Learning: one compiled step, whatever the task.
 
-loss = cross entropy of the next byte + whatever losses the attention layers sow.
+loss = the task's cross entropy + whatever losses the attention layers sow.
 AdamW with linear warmup and cosine decay; the layers' constraints hold after every step.
+
+A step depends on the state before it, on the batch of its number and on its number alone: training
+can stop after any step and go on from there, with the same numbers.
 """
 
 import functools
-import math
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,61 +17,43 @@ import numpy as np
 import optax
 
 from flax_mha import constrain
-from flax_mha._typing import Array, PRNGKey
-from flax_mha.demo import tasks
-from flax_mha.demo.model import Transformer
-from flax_mha.demo.settings import DemoError, Settings, TrainSettings
+from flax_mha._typing import Array
+from flax_mha.demo.settings import DemoError, TrainSettings
+from flax_mha.demo.tasks.contract import Batch, Task
 
 
 class State(NamedTuple):
-    """What a step takes and returns."""
+    """What a step takes and returns, and what a checkpoint holds."""
 
     params: Any
     optimizer: Any
-    dropout_key: PRNGKey
+    losses: Array  # cross entropies of the last `log_every` steps, step i in slot i % log_every
 
 
-class Progress(NamedTuple):
-    """Where the training stands after a step that is reported."""
-
-    step: int
-    loss: float  # nats per byte, the mean since the last report
-    learning_rate: float
-    tokens_per_second: float
-    params: Any
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The loss in bits."""
-        return self.loss / math.log(2)
+def initial_state(task: Task) -> State:
+    """The state before the first step; the seed decides."""
+    init_key, _ = _keys(task)
+    # Compiled: op by op it takes seconds.
+    params = jax.jit(task.model.init)(init_key, *task.inputs(task.example()))["params"]
+    losses = jnp.zeros(task.settings.train.log_every)
+    return State(params, make_optimizer(task).init(params), losses)
 
 
-def make_model(settings: Settings) -> Transformer:
-    """The model that the settings describe, not yet initialised."""
-    return Transformer(settings.model, settings.attention)
-
-
-def fit(model: Transformer, settings: Settings, text: np.ndarray) -> Iterator[Progress]:
-    """Trains on random windows of `text`; yields every `log_every` steps, and at the last."""
-    train = settings.train
-    init_key, dropout_key = jax.random.split(jax.random.key(train.seed))
-    optimizer = make_optimizer(settings)
-    params = model.init(init_key, _some_tokens(settings))["params"]
-    state = State(params, optimizer.init(params), dropout_key)
-    step_function = functools.partial(_step, model, optimizer)
+def fit(task: Task, state: State, done: int = 0) -> Iterator[tuple[int, State]]:
+    """Goes on after `done` steps; yields the number and the state of every step."""
+    step_function = functools.partial(_step, task, make_optimizer(task))
     compiled = jax.jit(step_function, donate_argnums=0)
-    batches = tasks.windows(text, settings.model.context + 1, train.batch_size, train.seed)
-    losses, started = [], time.perf_counter()
-    for step, batch in zip(range(1, train.steps + 1), batches):
-        state, loss = compiled(state, batch)
-        losses.append(loss)
-        if step % train.log_every == 0 or step == train.steps:
-            mean = float(np.mean(jax.device_get(losses)))
-            seconds = time.perf_counter() - started
-            tokens = len(losses) * train.batch_size * settings.model.context
-            rate = float(learning_rate(train)(step - 1))
-            yield Progress(step, mean, rate, tokens / seconds, state.params)
-            losses, started = [], time.perf_counter()
+    steps = range(done + 1, task.settings.train.steps + 1)
+    for step, batch in zip(steps, task.batches(done)):
+        state = compiled(state, batch, np.int32(step))
+        yield step, state
+
+
+def recent_loss(state: State, step: int) -> float:
+    """The mean cross entropy since the last record, at a step that is recorded."""
+    losses = np.asarray(jax.device_get(state.losses))
+    since = step % len(losses) or len(losses)
+    return float(np.mean(np.roll(losses, -1)[:since]))
 
 
 def learning_rate(train: TrainSettings) -> optax.Schedule:
@@ -79,68 +62,63 @@ def learning_rate(train: TrainSettings) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, train.steps, peak / 50)
 
 
-def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+def make_optimizer(task: Task) -> optax.GradientTransformation:
     """Clipped AdamW that decays kernels alone; the layers' constraints come last."""
-    train, attention = settings.train, settings.attention
+    train, attention = task.settings.train, task.settings.attention
     adamw = optax.adamw(
         learning_rate(train), b2=train.beta2, weight_decay=train.weight_decay, mask=_kernels
     )
     constraints = []
     if attention.kernel_constraint is not None or attention.bias_constraint is not None:
-        paths = [(f"block_{i}", "attention") for i in range(settings.model.layers)]
-        constraints = [constrain(attention, path) for path in paths]
+        constraints = [constrain(attention, path) for path in task.attention_paths]
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), adamw, *constraints)
 
 
-def check_model(model: Transformer, settings: Settings) -> None:
-    """Traces model and loss without computing, so that what the layer refuses is said at once."""
+def abstract_state(task: Task) -> State:
+    """Shapes and dtypes of the state: traces the model and its loss without computing anything.
 
-    def init_and_loss() -> Array:
-        params = model.init(jax.random.key(0), _some_tokens(settings))["params"]
-        tokens_BT = jnp.zeros((settings.train.batch_size, settings.model.context + 1), jnp.uint8)
-        return _loss(params, model, tokens_BT, jax.random.key(0))[0]
+    Raises:
+        DemoError: the layer refuses what the settings ask for.
+    """
+
+    def start_and_step() -> State:
+        state = initial_state(task)
+        return _step(task, make_optimizer(task), state, task.example(), jnp.int32(1))
 
     try:
-        jax.eval_shape(init_and_loss)
+        return jax.eval_shape(start_and_step)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise DemoError(f"[attention] {error}") from error
 
 
-def count_parameters(params: Any) -> int:
-    """The number of trained numbers."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def _keys(task: Task) -> Array:
+    """The keys of the parameters and of the dropout."""
+    return jax.random.split(jax.random.key(task.settings.train.seed))
 
 
 def _step(
-    model: Transformer, optimizer: optax.GradientTransformation, state: State, tokens_BT: Array
-) -> tuple[State, Array]:
-    dropout_key, next_key = jax.random.split(state.dropout_key)
-    gradient = jax.grad(_loss, has_aux=True)
-    grads, nats = gradient(state.params, model, tokens_BT, dropout_key)
+    task: Task, optimizer: optax.GradientTransformation, state: State, batch: Batch, step: Array
+) -> State:
+    _, dropout_key = _keys(task)
+    gradient = jax.grad(functools.partial(_loss, task), has_aux=True)
+    grads, nats = gradient(state.params, batch, jax.random.fold_in(dropout_key, step))
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(params, optimizer_state, next_key), nats
+    losses = state.losses.at[step % state.losses.size].set(nats)
+    return State(params, optimizer_state, losses)
 
 
-def _loss(
-    params: Any, model: Transformer, tokens_BT: Array, dropout_key: PRNGKey
-) -> tuple[Array, Array]:
+def _loss(task: Task, params: Any, batch: Batch, dropout_key: Array) -> tuple[Array, Array]:
     """What is minimised, and the cross entropy in it."""
-    tokens_BT = tokens_BT.astype(jnp.int32)
-    logits_BTY, sown = model.apply(
+    logits, sown = task.model.apply(
         {"params": params},
-        tokens_BT[:, :-1],
+        *task.inputs(batch),
         training=True,
         rngs={"dropout": dropout_key},
         mutable=["losses"],
     )
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTY, tokens_BT[:, 1:])
-    nats = nats_BT.mean()
+    nats = task.nats(logits, batch)
     return nats + sum(jnp.sum(loss) for loss in jax.tree.leaves(sown)), nats
-
-
-def _some_tokens(settings: Settings) -> Array:
-    return jnp.zeros((1, settings.model.context), jnp.int32)
 
 
 def _kernels(params: Any) -> Any:

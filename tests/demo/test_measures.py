@@ -10,25 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_mha import MultiHeadAttentionConfig
 from flax_mha.demo import evaluate, generate
 from flax_mha.demo.compressors import compressed_bits_per_byte
-from flax_mha.demo.config_file import settings_from
-from flax_mha.demo.model import Transformer
-from flax_mha.demo.train import make_model
+from flax_mha.demo.models.language import Transformer, TransformerSettings
 
 CONTEXT = 6
+
+
+def small_model(tied_head=True, **attention):
+    model = TransformerSettings(layers=1, features=8, context=CONTEXT, tied_head=tied_head)
+    return Transformer(model, MultiHeadAttentionConfig(num_heads=2, key_dim=4, **attention))
 
 
 @pytest.fixture(scope="module")
 def trained():
     """A small model with random parameters, large enough for uneven predictions."""
-    settings = settings_from(
-        {
-            "model": {"layers": 1, "features": 8, "context": CONTEXT},
-            "attention": {"num_heads": 2},
-        }
-    )
-    model = make_model(settings)
+    model = small_model()
     params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
 
@@ -132,9 +130,7 @@ def test_sampling_by_seed_and_top_k(trained):
 
 
 def test_a_model_with_positions_of_its_own_has_no_learned_ones():
-    tables = {"model": {"layers": 1, "features": 8, "context": 4}}
-    settings = settings_from({**tables, "attention": {"num_heads": 2, "position": "rotary"}})
-    model = Transformer(settings.model, settings.attention)
+    model = small_model(position="rotary")
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     assert "position" not in params
     assert len(generate.generate(model, params, b"abc", 6, generate.Sampling())) == 6
@@ -142,9 +138,7 @@ def test_a_model_with_positions_of_its_own_has_no_learned_ones():
 
 def test_tied_and_untied_heads_have_their_parameters():
     for tied, extra in ((True, set()), (False, {"head"})):
-        tables = {"model": {"layers": 1, "features": 8, "context": 4, "tied_head": tied}}
-        settings = settings_from({**tables, "attention": {"num_heads": 2}})
-        model = Transformer(settings.model, settings.attention)
+        model = small_model(tied_head=tied)
         shapes = jax.eval_shape(
             lambda model=model: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
         )

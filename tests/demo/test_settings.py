@@ -8,13 +8,16 @@ import pytest
 from flax_mha.demo.config_file import parse_value, read_settings, settings_from
 from flax_mha.demo.settings import DemoError
 
-CONFIG = Path(__file__).parents[2] / "configs" / "python_lm.toml"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+LANGUAGE = {"task": {"name": "language"}}
 
 
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "small.toml"
-    path.write_text("[model]\nfeatures = 24\n[attention]\nnum_heads = 3\n[train]\nsteps = 7\n")
+    sections = ["[task]\nname = 'language'", "[model]\nfeatures = 24"]
+    sections += ["[attention]\nnum_heads = 3", "[train]\nsteps = 7\n"]
+    path.write_text("\n".join(sections))
     return path
 
 
@@ -58,7 +61,7 @@ def test_values_are_toml_or_bare_words(text, value):
 def test_attention_takes_the_layers_own_fields():
     table = {"num_heads": 4, "num_kv_heads": 2, "key_dim": 8, "value_dim": 5, "dropout": 0.1}
     table |= {"use_gate": True, "sliding_window": 9, "kernel_regularizer": "l2"}
-    attention = settings_from({"attention": table}).attention
+    attention = settings_from({**LANGUAGE, "attention": table}).attention
     assert attention.dims == (4, 2, 8, 5)
     assert (attention.use_gate, attention.sliding_window) == (True, 9)
     assert attention.kernel_regularizer is not None
@@ -67,9 +70,18 @@ def test_attention_takes_the_layers_own_fields():
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"modell": {}}, r"unknown section: 'modell'. Did you mean 'model'\?.*data, model, train"),
-        ({"train": {"step": 1}}, r"unknown key of \[train\]: 'step'. Did you mean 'steps'\?.*seed"),
-        ({"data": {"zzz": 1}}, r"unknown key of \[data\]: 'zzz'. Valid: max_bytes, held_out_bytes"),
+        (
+            {"modell": {}},
+            r"unknown section: 'modell'. Did you mean 'model'\?.*task, data, model",
+        ),
+        (
+            {"train": {"step": 1}},
+            r"in the task 'language': 'step'. Did you mean 'steps'\?.*seed",
+        ),
+        (
+            {"data": {"zzz": 1}},
+            r"\[data\] in the task 'language': 'zzz'. Valid: file, max_bytes",
+        ),
         ({"attention": {"num_head": 2}}, r"\[attention\]: 'num_head'.*'num_heads'.*sliding_window"),
         ({"attention": {"output_shape": 2}}, r"unknown key of \[attention\]: 'output_shape'"),
         ({"train": 3}, r"\[train\] must be a section. Received: train = 3"),
@@ -82,12 +94,17 @@ def test_attention_takes_the_layers_own_fields():
         ({"train": {"learning_rate": float("nan")}}, r"learning_rate must be a number.*nan"),
         ({"train": {"temperature": 0.0}}, r"train.temperature must be above 0"),
         ({"attention": {"num_heads": "four"}}, r"\[attention\] .*num_heads.*'four'"),
+        ({"task": {}}, r"the settings must name a task: \[task\] name = one of language"),
+        ({"task": {"name": "langage"}}, r"unknown task: 'langage'. Did you mean 'language'\?"),
+        ({"task": {"name": 3}}, r"unknown task: 3. Valid: language"),
+        ({"task": {"nam": "language"}}, r"unknown key of \[task\]: 'nam'"),
+        ({"attention": {"attention_axes": 1}}, r"unknown key of \[attention\]: 'attention_axes'"),
         ({"attention": {"dropout": 2.0}}, r"\[attention\] .*probability in \[0, 1\].*2.0"),
     ],
 )
 def test_refusals(tables, message):
     with pytest.raises(DemoError, match=message):
-        settings_from(tables)
+        settings_from({**LANGUAGE, **tables})
 
 
 @pytest.mark.parametrize("text", ["steps=3", "train.steps", "=3", "train.=3", ".steps=3"])
@@ -97,7 +114,7 @@ def test_malformed_overrides(config, text):
 
 
 def test_a_fraction_may_be_written_as_a_whole_number():
-    assert settings_from({"train": {"clip_norm": 2}}).train.clip_norm == 2.0
+    assert settings_from({**LANGUAGE, "train": {"clip_norm": 2}}).train.clip_norm == 2.0
 
 
 def test_unreadable_files(tmp_path):
@@ -115,7 +132,11 @@ def test_settings_are_json_and_read_back(config):
     assert settings_from(tables) == settings
 
 
-def test_the_config_that_comes_with_the_project_is_valid():
-    settings = read_settings(CONFIG)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_that_come_with_the_project_are_valid(config):
+    settings = read_settings(config)
     assert settings.attention.num_heads * settings.attention.key_dim == settings.model.features
-    assert CONFIG.read_text().startswith("# python -m flax_mha.demo train configs/python_lm.toml")
+    text = config.read_text()
+    assert text.startswith(f"# python -m flax_mha.demo train configs/{config.name}\n")
+    assert "# Time on two cores: " in text
+    assert "# Expect" in text

@@ -1,0 +1,150 @@
+"""The directory of a run, which says whether the run is finished.
+
+    UNFINISHED       there until all is done; says how to go on
+    settings.json    what was asked for
+    metrics.jsonl    one JSON line a record: start, train, held_out, result
+    checkpoints/     the two newest states
+    ...              pictures, and what the task makes
+
+The files are written as the run goes on, so that a run that was killed has lost little.
+"""
+
+import dataclasses
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flax_mha.demo import checkpoint
+from flax_mha.demo.config_file import settings_from
+from flax_mha.demo.settings import DemoError, Settings
+
+_COMMAND = "python -m flax_mha.demo"
+# What --overwrite removes: other files in the directory are not the run's.
+_OURS = (
+    *("settings.json", "metrics.jsonl", "sample.txt", "loss.png"),
+    *("attention.html", "attention.png", "attention-*.png", "params.msgpack"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Where the files of one run are."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """The first file to be there."""
+        return self.path / "settings.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """See `checkpoint.py`."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return max(checkpoint.steps(self.checkpoints), default=None)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training ended, and all that follows it."""
+        return self.settings_file.is_file() and not self._marker.exists()
+
+    @property
+    def resume_command(self) -> str:
+        """What to type."""
+        return f"{_COMMAND} resume {shlex.quote(str(self.path))}"
+
+    @property
+    def _marker(self) -> Path:
+        return self.path / "UNFINISHED"
+
+    def begin(self, settings: Settings, overwrite: bool) -> None:
+        """Makes the directory of a new run.
+
+        Raises:
+            DemoError: it holds a run already, or cannot be written.
+        """
+        self.check_free(overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._marker.write_text(f"This run is not finished. Continue: {self.resume_command}\n")
+            if self.settings_file.exists():
+                self._clear()
+            self.settings_file.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise DemoError(f"cannot write the run's files: {error}") from error
+
+    def check_free(self, overwrite: bool) -> None:
+        """A run is replaced only where that was asked for; without a checkpoint it is none yet."""
+        if self.checkpoints.exists() and not self.settings_file.exists():
+            rule = f"{self.path} holds `checkpoints` that are no run's: settings.json is not there"
+            raise DemoError(f"{rule}. Choose another place with --out DIR.")
+        is_run = self.is_finished or self.last_step is not None
+        if is_run and not overwrite:
+            state = "a finished run" if self.is_finished else f"a run up to step {self.last_step}"
+            remedy = "Choose another place with --out DIR, or replace it with --overwrite"
+            resume = "" if self.is_finished else f", or continue: {self.resume_command}"
+            raise DemoError(f"{self.path} holds {state} already. {remedy}{resume}")
+
+    def end(self) -> None:
+        """All is done."""
+        self._marker.unlink()
+
+    def read_settings(self) -> Settings:
+        """The settings of the run.
+
+        Raises:
+            DemoError: the directory holds no run, or one of an older version of the demo.
+        """
+        try:
+            tables = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        except OSError as error:
+            remedy = f"Train one: {_COMMAND} train configs/digits.toml"
+            raise DemoError(f"{self.path} is not a run: no settings.json. {remedy}") from error
+        except ValueError as error:
+            raise DemoError(f"{self.settings_file} is not valid JSON: {error}") from error
+        if "task" not in tables:
+            rule = f"{self.path} is a run of an older version: its settings name no task"
+            raise DemoError(f"{rule}. Train it again with `train CONFIG --overwrite`.")
+        return settings_from(tables)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for pattern in _OURS:
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+
+class Records:
+    """`metrics.jsonl`, and the same records in memory for the picture of the training."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        """Reads what is there; a last line that was cut off does not count."""
+        self._path = run.path / "metrics.jsonl"
+        text = self._path.read_text() if self._path.exists() else ""
+        self.rows = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+    def go_back(self, step: int) -> None:
+        """Forgets what came after a step, for it is about to come again."""
+        earlier = lambda row: row["event"] == "start" or row.get("step", step + 1) <= step  # noqa: E731
+        self.rows = [row for row in self.rows if earlier(row)]
+        checkpoint.write_at_once(self._path, "".join(map(_line, self.rows)))
+
+    def add(self, event: str, **values: Any) -> None:
+        """Writes one JSON line."""
+        self.rows.append({"event": event, **values})
+        with self._path.open("a") as file:
+            file.write(_line(self.rows[-1]))
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The records of one kind."""
+        return [row for row in self.rows if row["event"] == event]
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
