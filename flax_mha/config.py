@@ -103,7 +103,8 @@ class MultiHeadAttentionConfig:
         N, K = self.dims[:2]
         if N % K:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
-            _checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}")
+            remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
+            _checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
 
     @property
     def dims(self) -> HeadDims:

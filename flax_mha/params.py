@@ -58,14 +58,15 @@ def param_shapes(
     """
     value_shape = query_shape if value_shape is None else value_shape
     key_shape = value_shape if key_shape is None else key_shape
-    D, C, M = (shape[-1] for shape in (query_shape, key_shape, value_shape))
+    shapes = {"query_shape": query_shape, "key_shape": key_shape, "value_shape": value_shape}
+    D, C, M = (_tree_checks.features(name, shape) for name, shape in shapes.items())
     N, K, H, V = config.dims
     kernels = {"query": (D, N, H), "key": (C, K, H), "value": (M, K, V)}
     if config.use_gate:
         kernels["gate"] = (D, N, V)
     kernels["attention_output"] = (N, V, *(config.output_shape or (D,)))
-    shapes = {name: _projection(name, shape, config) for name, shape in kernels.items()}
-    return cast(Params, {**shapes, **_extras(config)})
+    projections = {name: _projection(name, shape, config) for name, shape in kernels.items()}
+    return cast(Params, {**projections, **_extras(config)})
 
 
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
