@@ -50,6 +50,9 @@ def param_shapes(
         `qk_norm="rms"` also "query_norm" and "key_norm" `{"scale": H}`; with `RelativeBias`
         "relative_bias" `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`.
 
+    Raises:
+        TypeError: an array in the place of its shape.
+
     Example:
         >>> from flax_mha import MultiHeadAttentionConfig, param_shapes
         >>> shapes = param_shapes(MultiHeadAttentionConfig(num_heads=2, key_dim=16), (8, 32))
@@ -111,7 +114,7 @@ def init_params(
         The tree of `param_shapes`, filled. Each array depends on `init_key` and its own name alone.
 
     Raises:
-        TypeError: `init_key` is not a PRNG key.
+        TypeError: `init_key` is not a PRNG key, or an array stands in the place of its shape.
         ValueError: float64 parameters without JAX's 64-bit mode.
 
     Example:
