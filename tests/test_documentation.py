@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import pathlib
 import pydoc
 import re
 
@@ -12,6 +13,7 @@ from docstring_rules import Public, public_names, required, sections, violations
 import flax_mha
 import flax_mha.nnx
 
+ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {public.name: public for public in public_names()}
 DOCS = {name.removeprefix("flax_mha."): public.doc for name, public in PUBLIC.items()}
 
@@ -175,3 +177,27 @@ def test_an_equation_or_a_section_that_is_missing_is_found():
     assert lacks("One line.\n\nMemory grows.\n", "Memory")
     assert not lacks("One line. Memory: O(T).\n", "Memory")
     assert required(Public("f", lambda x: x)) == ["Args", "Returns", "Raises", "Example"]
+
+
+# --- the README ---------------------------------------------------------------------------------
+
+
+def dead_anchors(readme):
+    """Links within the page that no heading answers."""
+    headings = re.findall(r"^#+ (.*)$", readme, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(re.findall(r"\]\(#([^)]+)\)", readme)) - anchors
+
+
+def test_the_readme_leads_where_it_says():
+    readme = (ROOT / "README.md").read_text()
+    assert dead_anchors(readme) == set()
+    assert dead_anchors(readme.replace("## Decoding", "## Generating")) == {"decoding"}
+    contents = re.search(r"\*\*Contents\*\*.*?\n\n", readme, flags=re.DOTALL)[0]
+    assert contents.count("](#") == len(re.findall(r"^## ", readme, flags=re.MULTILINE))
+
+
+def test_the_picture_is_small():
+    picture = (ROOT / "notebooks" / "attention.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 60_000

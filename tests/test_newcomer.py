@@ -1,5 +1,7 @@
 """What goes wrong on the first day: each mistake meets a whole message, or a rule that is kept."""
 
+import pathlib
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from flax_mha import (
 )
 from flax_mha.interop.torch import mask_from_torch
 
+README = pathlib.Path(__file__).parents[1] / "README.md"
 B, T, S, D, M, C = 2, 5, 7, 32, 24, 16
 CONFIG = MultiHeadAttentionConfig(num_heads=4, key_dim=8, dropout=0.1)
 LAYER = MultiHeadAttention.from_config(CONFIG)
@@ -240,3 +243,24 @@ def test_key_dim_of_all_heads_is_a_layer_of_that_many_times_the_parameters():
 def test_an_nnx_layer_with_a_stream_needs_no_rngs_in_the_call():
     layer = flax_mha.nnx.MultiHeadAttention.from_params(SELF, CONFIG, rngs=nnx.Rngs(0))
     assert np.abs(layer(X, X, training=True) - layer(X, X)).max() > 0.01
+
+
+# --- the README ---------------------------------------------------------------------------------
+
+
+def quoted(readme):
+    """The rows of the FAQ's table of errors: mistake -> message."""
+    _, _, rest = readme.partition("| the mistake | the message |\n|---|---|\n")
+    rows = rest.partition("\n\n")[0].splitlines()
+    return dict(row.removeprefix("| ").removesuffix(" |").split(" | ", 1) for row in rows)
+
+
+def test_the_faq_quotes_every_message():
+    assert quoted(README.read_text()) == {m: message for m, (_, _, message) in MISTAKES.items()}
+
+
+def test_a_message_that_the_faq_misquotes_is_found():
+    text = README.read_text()
+    changed = text.replace("Did you swap value and key?", "Did you swap key and value?")
+    assert changed != text
+    assert quoted(changed) != quoted(text)
