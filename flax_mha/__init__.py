@@ -2,7 +2,8 @@
 
 Start with `MultiHeadAttention` (flax.linen), with `flax_mha.nnx.MultiHeadAttention` (flax.nnx; this
 submodule is imported by name), or with `MultiHeadAttentionConfig`, `init_params` and
-`multi_head_attention` (pure functions). `explain` says which implementation serves a call.
+`multi_head_attention` (pure functions). `explain` says which implementation serves a call, and
+`python -m flax_mha` lists everything there is.
 """
 
 from importlib.metadata import version

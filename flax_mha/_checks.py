@@ -27,7 +27,9 @@ def integer(name: str, value: Any, *, minimum: int | None = None) -> int:
     kind = {None: "an integer", 0: "a non-negative integer", 1: "a positive integer"}[minimum]
     rule = f"`{name}` must be {kind}."
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+        whole = isinstance(value, float) and value.is_integer()
+        remedy = f"Pass {int(value)}: `/` gives a float, `//` an int." if whole else ""
+        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}", remedy)
     number = operator.index(value)
     if minimum is not None and number < minimum:
         fail(ValueError, rule, f"{name}={value!r}")
@@ -128,6 +130,8 @@ def floating_array(name: str, value: Any, letters: str) -> None:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         evidence = f"{name} of dtype {value.dtype} and shape {tuple(value.shape)}"
         remedy = f"Embed token ids first, or cast: `{name}.astype('float32')`."
+        if value.dtype == np.bool_:
+            remedy = "Is it a mask? Pass it by its name, such as `attention_mask=`."
         fail(TypeError, rule, evidence, remedy)
 
 
@@ -151,7 +155,8 @@ def boolean_mask(name: str, value: Any) -> Array:
 
 def _from_sequence(name: str, value: Any, rule: str) -> np.ndarray:
     if not isinstance(value, (list, tuple)):
-        fail(TypeError, rule, f"{name} of type {type(value).__name__}")
+        remedy = "Pass `mask.as_array(T, S)`." if hasattr(value, "as_array") else ""
+        fail(TypeError, rule, f"{name} of type {type(value).__name__}", remedy)
     return np.asarray(value)
 
 
@@ -205,7 +210,8 @@ def prng_key(name: str, value: Any) -> None:
     rule = f"`{name}` must be one JAX PRNG key."
     remedy = f"Pass `{name}=jax.random.key(0)`, split anew for every step."
     if not is_array(value):
-        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}", remedy)
+        shown = f"{name}={value!r}" if isinstance(value, int) else name
+        fail(TypeError, rule, f"{shown} of type {type(value).__name__}", remedy)
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     if not typed and value.dtype != np.uint32:
         fail(TypeError, rule, f"{name} of dtype {value.dtype}", remedy)
@@ -241,7 +247,7 @@ def attention_arrays(query: Any, key: Any, value: Any) -> None:
     N, K = query.shape[-2], key.shape[-2]
     if K == 0 or N % K:
         rule = f"N = {N} query heads must be a multiple of K = {K} key/value heads."
-        fail(ValueError, rule, shapes)
+        fail(ValueError, rule, shapes, "Heads stand behind the length: [B, T, N, H].")
     if not query.dtype == key.dtype == value.dtype:
         dtypes = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
         fail(TypeError, "query, key and value must have one dtype.", dtypes, "Cast them first.")

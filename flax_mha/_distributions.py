@@ -58,6 +58,9 @@ class Ones(Initializer):
 class Constant(Initializer):
     """The number `value` everywhere.
 
+    Args:
+        value: that number.
+
     Example:
         >>> Constant(0.5)(None, (2,), "float32").tolist()
         [0.5, 0.5]
@@ -72,6 +75,9 @@ class Constant(Initializer):
 @dataclass(frozen=True)
 class Identity(Initializer):
     """`gain` on the diagonal of a matrix, 0 elsewhere.
+
+    Args:
+        gain: the number on the diagonal.
 
     Raises:
         ValueError: on the call, if `shape` is not that of a matrix.
@@ -98,6 +104,11 @@ class Identity(Initializer):
 class RandomNormal(Initializer):
     """Normal: `mean + stddev * N(0, 1)`.
 
+    Args:
+        mean: the middle.
+        stddev: the standard deviation.
+        seed: None, or the integer that stands in for `init_key`.
+
     Example:
         >>> RandomNormal(mean=5.0, stddev=0.0, seed=1)(None, (2,), "float32").tolist()
         [5.0, 5.0]
@@ -118,6 +129,11 @@ class TruncatedNormal(Initializer):
 
     Its standard deviation is 0.87962566 `stddev`.
 
+    Args:
+        mean: the middle.
+        stddev: the standard deviation before the ends are cut off.
+        seed: None, or the integer that stands in for `init_key`.
+
     Example:
         >>> values = TruncatedNormal(stddev=1.0, seed=1)(None, (1000,), "float32")
         >>> bool(abs(values).max() <= 2)
@@ -137,6 +153,11 @@ class TruncatedNormal(Initializer):
 @dataclass(frozen=True)
 class RandomUniform(Initializer):
     """Uniform in [minval, maxval).
+
+    Args:
+        minval: the lower end.
+        maxval: the upper end.
+        seed: None, or the integer that stands in for `init_key`.
 
     Example:
         >>> values = RandomUniform(0.0, 1.0, seed=1)(None, (1000,), "float32")
@@ -166,6 +187,10 @@ class Orthogonal(Initializer):
 
     Of more than two axes all but the last are rows. The shorter of rows and columns are
     orthonormal, before `gain`.
+
+    Args:
+        gain: the factor of Q.
+        seed: None, or the integer that stands in for `init_key`.
 
     Reference: Saxe et al., 2014, https://arxiv.org/abs/1312.6120
 

@@ -27,18 +27,33 @@ class Flags(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Every array of one call, each with the leading axes of its own input.
+    """Every array of one call, each with the leading axes of its own input: what `forward` returns.
 
-    The projections are None in `multi_head_attention`, `gate` without `use_gate`, and
-    `attention_scores` where not asked for.
+    Attributes:
+        query: the projected query `[B, T, N, H]`; None with a cache, like key, value and gate.
+        key: the projected key `[B, S, K, H]`.
+        value: the projected value `[B, S, K, V]`.
+        gate: sigmoid(query . W_gate + b_gate) `[B, T, N, V]`; None without `use_gate`.
+        output: what `multi_head_attention` returns, `[B, T, *E]`.
+        attention_scores: the weights before dropout `[B, N, T, S]`; None where not asked for.
+        cache: the cache that the call was given, with its tokens taken in; None without one.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=16, use_gate=True)
+        >>> x = jax.numpy.ones((4, 8, 32))
+        >>> params = flax_mha.init_params(jax.random.key(0), config, x.shape)
+        >>> activations = flax_mha.forward(params, x, x, config=config)
+        >>> activations.gate.shape, activations.output.shape
+        ((4, 8, 2, 16), (4, 8, 32))
     """
 
-    query: Array | None  # [..., N, H]
-    key: Array | None  # [..., K, H]
-    value: Array | None  # [..., K, V]
-    gate: Array | None  # [..., N, V]
-    output: Array  # [..., *E]
-    attention_scores: Array | None  # [*batch, N, *T axes, *S axes]
+    query: Array | None
+    key: Array | None
+    value: Array | None
+    gate: Array | None
+    output: Array
+    attention_scores: Array | None
     cache: KVCache | CrossCache | None = None
 
 

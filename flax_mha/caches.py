@@ -42,6 +42,15 @@ class KVCache:
         is_ring: whether the oldest token makes room for the newest; static.
 
     Memory: 2 K S H numbers an example: S the sliding window if there is one, K the key/value heads.
+
+    Example:
+        >>> import jax.numpy as jnp, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16, num_kv_heads=2)
+        >>> cache = flax_mha.init_cache(config, batch_shape=3, capacity=100)
+        >>> cache.key.shape, cache.capacity, cache.overflowed.tolist()
+        ((3, 2, 100, 16), 100, [False, False, False])
+        >>> cache.reorder(jnp.array([0, 0, 2])).length.tolist()
+        [0, 0, 0]
     """
 
     key: Array
@@ -64,7 +73,11 @@ class KVCache:
         return jnp.zeros_like(full) if self.is_ring else full
 
     def reorder(self, rows: Array) -> KVCache:
-        """The cache whose example i continues the old example `rows[i]`: for beam search."""
+        """The cache whose example i continues the old example `rows[i]`: for beam search.
+
+        Args:
+            rows: integers `[B]`, each in [0, B).
+        """
         take = lambda x: jnp.take(x, rows, axis=0)  # noqa: E731
         return KVCache(take(self.key), take(self.value), take(self.length), self.is_ring)
 
@@ -78,6 +91,16 @@ class CrossCache:
         key: `[*batch, K, S, H]`.
         value: `[*batch, K, S, V]`.
         mask: booleans `[*batch, S]`, True = a real key; None = all are.
+
+    Memory: (H + V) K S numbers an example.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16)
+        >>> encoded = jax.numpy.ones((3, 7, 64))
+        >>> params = flax_mha.init_params(jax.random.key(0), config, encoded.shape)
+        >>> flax_mha.init_cross_cache(params, encoded, config=config).key.shape
+        (3, 4, 7, 16)
     """
 
     key: Array

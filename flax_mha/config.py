@@ -24,8 +24,8 @@ class MultiHeadAttentionConfig:
 
     Args:
         num_heads: N, the number of query heads.
-        key_dim: H, the size of a head of query and key.
-        value_dim: V, the size of a head of value; None = key_dim.
+        key_dim: H, the size of one head of query and key, not of all heads together.
+        value_dim: V, the size of one head of value; None = key_dim.
         dropout: probability in [0, 1] of dropping an attention weight in training.
         use_bias: whether the projections have biases.
         output_shape: the output's feature shape E, an int or a tuple; None = the query's D.
@@ -41,7 +41,8 @@ class MultiHeadAttentionConfig:
         kernel_constraint: a Keras name, dict, an object of `flax_mha.constraints`, or a callable.
         bias_constraint: likewise.
         use_gate: whether the context is multiplied by sigmoid(query . gate).
-        seed: the dropout seed used by the module where no "dropout" stream is given.
+        seed: where a module is given no "dropout" stream, it draws from this seed: in linen the
+            same mask each call, in nnx a new one.
         num_kv_heads: K, heads of key and value, a divisor of N; None = N.
         position: None, "rotary", "alibi", "relative_bias", or an object of `flax_mha.positions`.
         qk_norm: None; "rms", each head of query and key divided by its root mean square, times a
@@ -67,6 +68,11 @@ class MultiHeadAttentionConfig:
         L2(l2=0.01)
         >>> config.replace(num_heads=4).dims
         HeadDims(N=4, K=4, H=16, V=16)
+        >>> MultiHeadAttentionConfig.from_dict(config.to_dict()) == config
+        True
+        >>> keras_config = {"num_heads": 2, "key_dim": 16, "name": "attention", "dtype": "float32"}
+        >>> MultiHeadAttentionConfig.from_keras_config(keras_config).dtype
+        'float32'
     """
 
     num_heads: int
@@ -103,7 +109,8 @@ class MultiHeadAttentionConfig:
         N, K = self.dims[:2]
         if N % K:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
-            _checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}")
+            remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
+            _checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
 
     @property
     def dims(self) -> HeadDims:
@@ -113,7 +120,11 @@ class MultiHeadAttentionConfig:
         return HeadDims(self.num_heads, K, self.key_dim, V)
 
     def replace(self, **changes: Any) -> MultiHeadAttentionConfig:
-        """A checked copy with some fields changed."""
+        """A checked copy with `changes`: some fields' new values.
+
+        Raises:
+            ValueError: an unknown field, with the closest name; otherwise as the constructor.
+        """
         _checks.known_names("A field of MultiHeadAttentionConfig", changes, field_names())
         return dataclasses.replace(self, **changes)
 
@@ -128,16 +139,23 @@ class MultiHeadAttentionConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MultiHeadAttentionConfig:
-        """The config that `to_dict` described; unknown names are refused with the valid ones."""
+        """The config whose `fields` `to_dict` wrote.
+
+        Raises:
+            ValueError: an unknown field, with the valid ones; otherwise as the constructor.
+        """
         _checks.known_names("A field of MultiHeadAttentionConfig", fields, field_names())
         return cls(**fields)
 
     @classmethod
     def from_keras_config(cls, config: Mapping[str, Any]) -> MultiHeadAttentionConfig:
-        """From `layer.get_config()` of a Keras MultiHeadAttention; Keras need not be installed.
+        """From `config = layer.get_config()` of a Keras layer; Keras need not be installed.
 
         The dtype policy becomes `dtype` and `param_dtype`; `name` and `trainable` describe the
         Keras object, and have no meaning here.
+
+        Raises:
+            ValueError: a field that this package does not have; otherwise as the constructor.
         """
         fields = {name: value for name, value in config.items() if name not in _KERAS_ONLY}
         policy = _policy_name(fields.pop("dtype", None))

@@ -93,7 +93,7 @@ class UnitNorm(Constraint):
 
 @dataclass(frozen=True)
 class MinMaxNorm(Constraint):
-    """A norm drawn towards [min_value, max_value]: `w * desired / (|w| + 1e-7)`, where
+    """A norm drawn towards [min_value, max_value]: `w * desired / (|w| + 1e-7)`.
 
         desired = rate * clip(|w|, min_value, max_value) + (1 - rate) * |w|
 

@@ -132,7 +132,16 @@ class VarianceScaling(Initializer):
 
 @dataclass(frozen=True)
 class GlorotUniform(VarianceScaling):
-    """Uniform, variance `2 / (fan_in + fan_out)`. Reference: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html"""
+    """Uniform, variance `2 / (fan_in + fan_out)`.
+
+    Args: those of `initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+
+    Reference: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html.
+
+    Example:
+        >>> GlorotUniform().mode, GlorotUniform().distribution
+        ('fan_avg', 'uniform')
+    """
 
     scale: Positive = field(default=1.0, init=False, repr=False)
     mode: Mode = field(default="fan_avg", init=False, repr=False)
@@ -141,7 +150,16 @@ class GlorotUniform(VarianceScaling):
 
 @dataclass(frozen=True)
 class GlorotNormal(VarianceScaling):
-    """Truncated normal, variance `2 / (fan_in + fan_out)`. Reference: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html"""
+    """Truncated normal, variance `2 / (fan_in + fan_out)`.
+
+    Args: those of `initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+
+    Reference: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html.
+
+    Example:
+        >>> GlorotNormal().mode, GlorotNormal().distribution
+        ('fan_avg', 'truncated_normal')
+    """
 
     scale: Positive = field(default=1.0, init=False, repr=False)
     mode: Mode = field(default="fan_avg", init=False, repr=False)
@@ -150,7 +168,16 @@ class GlorotNormal(VarianceScaling):
 
 @dataclass(frozen=True)
 class LecunNormal(VarianceScaling):
-    """Truncated normal, variance `1 / fan_in`. Reference: LeCun et al., 1998, Efficient BackProp"""
+    """Truncated normal, variance `1 / fan_in`.
+
+    Args: those of `initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+
+    Reference: LeCun et al., 1998, Efficient BackProp.
+
+    Example:
+        >>> LecunNormal().mode, LecunNormal().distribution
+        ('fan_in', 'truncated_normal')
+    """
 
     scale: Positive = field(default=1.0, init=False, repr=False)
     mode: Mode = field(default="fan_in", init=False, repr=False)
@@ -159,7 +186,16 @@ class LecunNormal(VarianceScaling):
 
 @dataclass(frozen=True)
 class LecunUniform(VarianceScaling):
-    """Uniform, variance `1 / fan_in`. Reference: LeCun et al., 1998, Efficient BackProp"""
+    """Uniform, variance `1 / fan_in`.
+
+    Args: those of `initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+
+    Reference: LeCun et al., 1998, Efficient BackProp.
+
+    Example:
+        >>> LecunUniform().mode, LecunUniform().distribution
+        ('fan_in', 'uniform')
+    """
 
     scale: Positive = field(default=1.0, init=False, repr=False)
     mode: Mode = field(default="fan_in", init=False, repr=False)
@@ -168,7 +204,16 @@ class LecunUniform(VarianceScaling):
 
 @dataclass(frozen=True)
 class HeNormal(VarianceScaling):
-    """Truncated normal, variance `2 / fan_in`. Reference: He et al., 2015, https://arxiv.org/abs/1502.01852"""
+    """Truncated normal, variance `2 / fan_in`.
+
+    Args: those of `initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+
+    Reference: He et al., 2015, https://arxiv.org/abs/1502.01852.
+
+    Example:
+        >>> HeNormal().mode, HeNormal().distribution
+        ('fan_in', 'truncated_normal')
+    """
 
     scale: Positive = field(default=2.0, init=False, repr=False)
     mode: Mode = field(default="fan_in", init=False, repr=False)
@@ -177,7 +222,16 @@ class HeNormal(VarianceScaling):
 
 @dataclass(frozen=True)
 class HeUniform(VarianceScaling):
-    """Uniform, variance `2 / fan_in`. Reference: He et al., 2015, https://arxiv.org/abs/1502.01852"""
+    """Uniform, variance `2 / fan_in`.
+
+    Args: those of `initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+
+    Reference: He et al., 2015, https://arxiv.org/abs/1502.01852.
+
+    Example:
+        >>> HeUniform().mode, HeUniform().distribution
+        ('fan_in', 'uniform')
+    """
 
     scale: Positive = field(default=2.0, init=False, repr=False)
     mode: Mode = field(default="fan_in", init=False, repr=False)

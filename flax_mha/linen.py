@@ -18,23 +18,23 @@ from flax_mha.params import init_projection, param_shapes
 class MultiHeadAttention(nn.Module):
     """Keras's MultiHeadAttention as a flax.linen module; `variables["params"]` is the params tree.
 
-    The fields are those of `MultiHeadAttentionConfig`, where they are explained. `dropout` acts
-    with `training=True`, and draws from the "dropout" rng stream, or from `seed` where that is set
-    and no stream is given (then every call draws the same mask). With regularizers,
-    `mutable=["losses"]` collects "regularization" (once) and "activity" (a call each).
-    `sow_attention_scores=True` with `mutable=["intermediates"]` collects the scores. Memory: as
-    `multi_head_attention`.
+    Args: those of `MultiHeadAttentionConfig` (`help(flax_mha.MultiHeadAttentionConfig)`), and
+        sow_attention_scores: collect the scores, with `mutable=["intermediates"]`.
 
+    A call takes what `help(flax_mha.multi_head_attention)` lists, and `training`: True draws from
+    the "dropout" rng stream, or else from `seed`. `mutable=["losses"]` collects the penalties,
+    "regularization" (once) and "activity" (a call each). Memory: as `multi_head_attention`.
     Differs from Keras: (1) `training=False` is the default; (2) sizes are fixed by the first call.
 
     Example:
-        >>> import jax
-        >>> from flax_mha import MultiHeadAttention
-        >>> layer = MultiHeadAttention(num_heads=2, key_dim=16, dropout=0.1)
+        >>> import jax, flax_mha
+        >>> layer = flax_mha.MultiHeadAttention(num_heads=2, key_dim=16, dropout=0.1)
         >>> x = jax.random.normal(jax.random.key(0), (4, 8, 32))
         >>> variables = layer.init(jax.random.key(1), x, x)
         >>> layer.apply(variables, x, x, training=True, rngs={"dropout": jax.random.key(2)}).shape
         (4, 8, 32)
+        >>> flax_mha.MultiHeadAttention.from_config(layer.config).config == layer.config
+        True
     """
 
     num_heads: int
@@ -67,7 +67,7 @@ class MultiHeadAttention(nn.Module):
 
     @classmethod
     def from_config(cls, config: MultiHeadAttentionConfig, **module_fields: Any) -> Any:
-        """A module with the config's fields; `module_fields` are `name`, `parent` and the like."""
+        """A module with the fields of `config`; `module_fields` are `name`, `parent` and such."""
         return cls(**{name: getattr(config, name) for name in field_names()}, **module_fields)
 
     @property
@@ -94,7 +94,7 @@ class MultiHeadAttention(nn.Module):
         positions: Array | tuple[Array, Array] | None = None,
         cache: KVCache | CrossCache | None = None,
     ) -> Any:
-        """See `multi_head_attention`; `training=True` turns dropout on."""
+        """See `multi_head_attention`; with `training=True`, dropout acts."""
         config = self.config
         params = self._params(config, query, value, value if key is None else key)
         sow_scores = self.sow_attention_scores and self.is_mutable_collection("intermediates")

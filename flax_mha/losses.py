@@ -20,6 +20,9 @@ def regularization_loss(params: ParamsLike, config: MultiHeadAttentionConfig) ->
     Returns:
         A scalar in the dtype of the parameters, to be added to the training loss.
 
+    Raises:
+        ValueError: an `OrthogonalRegularizer`, which needs a matrix where kernels have rank 3.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from flax_mha import MultiHeadAttentionConfig, regularization_loss
@@ -49,6 +52,9 @@ def activity_loss(activations: Activations, config: MultiHeadAttentionConfig) ->
 
     Returns:
         A scalar, to be added to the training loss.
+
+    Raises:
+        ValueError: activations of a call with a cache, which have no projections.
 
     Example:
         >>> import jax, flax_mha

@@ -29,17 +29,33 @@ class Mask:
         query_ids[b, t] == key_ids[b, s]   for each pair of segment ids
         dense[b, n, t, s]            for each dense array, any axis of which may be 1
 
-    `mask_a & mask_b` is their intersection and stays structured. Masks are pytrees: their arrays
-    are data under `jax.jit`, the band is static.
+    Masks are made by `causal`, `window`, `padding`, `segments` and `dense`. `mask_a & mask_b` is
+    their intersection and stays structured. Masks are pytrees: their arrays are data under
+    `jax.jit`, the band is static.
+
+    Attributes:
+        band: (left, right), how many keys before and after the query; None = without bound.
+        query_offset: the position of query 0, an integer or integers `[B]`; None = 0.
+        query_padding: booleans `[B or 1, T]`, True = a real query.
+        key_padding: booleans `[B or 1, S]`, True = a real key.
+        segment_ids: pairs of integers `([B or 1, T], [B or 1, S])`.
+        dense_masks: booleans of rank 4, each axis 1 or that of `[B, N, T, S]`.
 
     Memory: what the arrays hold. Only `as_array` makes T x S booleans.
 
+    Differs from boolean arrays: (1) no `[T, S]`; (2) queries and keys that padding or segments
+    remove may hold NaN.
+
     Example:
+        >>> import jax.numpy as jnp
         >>> from flax_mha import Mask
         >>> print((Mask.causal() & Mask.window(1, 0)).as_array(3, 4)[0, 0].astype(int))
         [[1 0 0 0]
          [1 1 0 0]
          [0 1 1 0]]
+        >>> Mask().is_empty, Mask.padding(key=jnp.array([True, False])).removes_positions
+        (True, True)
+        >>> Mask.causal().check(B=2, N=3, T=5, S=7)
     """
 
     band: Band = dataclasses.field(default=(None, None), metadata={"static": True})
@@ -51,12 +67,39 @@ class Mask:
 
     @classmethod
     def causal(cls, query_offset: Any = None) -> Mask:
-        """No key after the query; `query_offset` is the position of query 0, 0 = top-left."""
+        """No key after the query: s <= t + query_offset.
+
+        Args:
+            query_offset: the position of query 0 among the keys, an integer or integers `[B]`;
+                None = 0, aligned top-left as in Keras.
+
+        Example:
+            >>> print(Mask.causal(jnp.array(1)).as_array(2, 3)[0, 0].astype(int))
+            [[1 1 0]
+             [1 1 1]]
+        """
         return cls(band=(None, 0), query_offset=query_offset)
 
     @classmethod
     def window(cls, left: int | None, right: int | None) -> Mask:
-        """At most `left` keys before the query and `right` after it, itself included besides."""
+        """A band around the query: t - left <= s <= t + right.
+
+        Args:
+            left: how many keys before the query, itself besides; None = all.
+            right: how many after it; None = all.
+
+        Raises:
+            ValueError: a negative bound.
+            TypeError: a bound that is no integer.
+
+        Differs from Keras: its `sliding_window=w` is `window(w - 1, w - 1)`.
+
+        Example:
+            >>> print(Mask.window(0, 1).as_array(3, 3)[0, 0].astype(int))
+            [[1 1 0]
+             [0 1 1]
+             [0 0 1]]
+        """
         for name, bound in (("left", left), ("right", right)):
             if bound is not None:
                 _checks.integer(name, bound, minimum=0)
@@ -64,17 +107,63 @@ class Mask:
 
     @classmethod
     def padding(cls, query: Any = None, key: Any = None) -> Mask:
-        """Booleans `[B, T]` of real queries and `[B, S]` of real keys."""
+        """Only real queries attend, and only to real keys.
+
+        Args:
+            query: booleans `[B, T]` or `[T]`, True = a real query; None = all are.
+            key: booleans `[B, S]` or `[S]`, True = a real key; None = all are.
+
+        Raises:
+            TypeError: floats; an additive mask is a bias.
+            ValueError: integers other than 0 and 1, or another rank.
+
+        Example:
+            >>> lengths = jnp.array([3, 1])
+            >>> mask = Mask.padding(key=jnp.arange(3) < lengths[:, None])
+            >>> mask.as_array(1, 3)[:, 0, 0].astype(int).tolist()
+            [[1, 1, 1], [1, 0, 0]]
+        """
         return cls(query_padding=_padding("query", query), key_padding=_padding("key", key))
 
     @classmethod
     def segments(cls, query_ids: Any, key_ids: Any) -> Mask:
-        """Integer ids `[B, T]` and `[B, S]`: attention stays within equal ids."""
+        """Attention stays within equal ids: sequences packed into one, one after the other.
+
+        Args:
+            query_ids: integers `[B, T]` or `[T]`.
+            key_ids: integers `[B, S]` or `[S]`.
+
+        Raises:
+            TypeError: ids that are not integers.
+            ValueError: another rank.
+
+        Example:
+            >>> ids = jnp.array([7, 7, 9])
+            >>> print(Mask.segments(ids, ids).as_array(3, 3)[0, 0].astype(int))
+            [[1 1 0]
+             [1 1 0]
+             [0 0 1]]
+        """
         return cls(segment_ids=((_ids("query_ids", query_ids), _ids("key_ids", key_ids)),))
 
     @classmethod
     def dense(cls, array: Any) -> Mask:
-        """A boolean array that broadcasts to `[B, N, T, S]`, axes aligned from the right."""
+        """What no other part can say: an array for each query and key.
+
+        Args:
+            array: booleans that broadcast to `[B, N, T, S]`, axes aligned from the right; True =
+                may attend.
+
+        Raises:
+            TypeError: floats; an additive mask is a bias.
+            ValueError: integers other than 0 and 1, or more than four axes.
+
+        Memory: the array's own, B N T S booleans at most.
+
+        Example:
+            >>> Mask.dense(jnp.eye(3, dtype=bool)).dense_masks[0].shape
+            (1, 1, 3, 3)
+        """
         array = _checks.boolean_mask("dense", array)
         if array.ndim > 4:
             rule = "A dense mask must broadcast to [B, N, T, S]."
@@ -106,7 +195,7 @@ class Mask:
         return bool(jax.tree.leaves((self.query_padding, self.key_padding, self.segment_ids)))
 
     def as_array(self, T: int, S: int) -> Array:
-        """The mask as booleans `[b, n, T, S]`, where b and n are 1 or full."""
+        """The mask of `T` queries and `S` keys: booleans `[b, n, T, S]`, b and n 1 or full."""
         parts = [_band(self, jnp.arange(T, dtype="int32"), S), *self.dense_masks]
         if self.query_padding is not None:
             parts.append(self.query_padding[:, None, :, None])
@@ -117,7 +206,13 @@ class Mask:
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
 
     def take_queries(self, rows: Array, S: int) -> Mask:
-        """The mask of the queries at the positions `rows` [R] alone; makes R x S booleans."""
+        """The mask of the queries at the positions `rows` [R] alone; makes R x `S` booleans.
+
+        Example:
+            >>> mask = Mask.causal().take_queries(jnp.array([2, 0]), S=3)
+            >>> mask.as_array(2, 3)[0, 0].astype(int).tolist()
+            [[1, 1, 1], [1, 0, 0]]
+        """
         take = lambda x, axis: x if x.shape[axis] == 1 else jnp.take(x, rows, axis)  # noqa: E731
         band = _band(self, rows.astype("int32"), S)
         padding = self.query_padding
@@ -131,7 +226,11 @@ class Mask:
         )
 
     def check(self, B: int, N: int, T: int, S: int) -> None:
-        """Refuses arrays that do not fit `[B, N, T, S]`."""
+        """Refuses arrays that do not fit `B` examples, `N` heads, `T` queries and `S` keys.
+
+        Raises:
+            ValueError: with the letters and sizes that were expected, and the shape received.
+        """
         for name, array, full, letters in (
             ("mask.query_padding", self.query_padding, (B, T), "[B, T]"),
             ("mask.key_padding", self.key_padding, (B, S), "[B, S]"),

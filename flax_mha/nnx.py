@@ -43,13 +43,14 @@ class MultiHeadAttention(nnx.Module):
     A penalty is a number that the loss adds, and no hidden state: `layer.regularization_loss()`,
     and `activity_loss(layer.forward(query, value), layer.config)`.
 
-    Args:
-        *args: the arguments of `MultiHeadAttentionConfig`, where they are explained.
+    Args: those of `MultiHeadAttentionConfig` (`help(flax_mha.MultiHeadAttentionConfig)`), and
         query_features: D, the query's last size.
         value_features: M, the value's last size; None = query_features.
         key_features: C, the key's last size; None = value_features.
         rngs: `nnx.Rngs`; its stream "params" initializes, and "dropout" is forked with dropout > 0.
-        **fields: likewise, by name.
+
+    A call takes what `help(flax_mha.multi_head_attention)` lists, with `training` and `rngs` in
+    place of `config` and `dropout_key`.
 
     Memory: as `multi_head_attention`.
 
@@ -67,6 +68,18 @@ class MultiHeadAttention(nnx.Module):
         (4, 8, 32)
         >>> layer.query.kernel.shape, layer.params["query"]["kernel"].shape
         ((32, 2, 16), (32, 2, 16))
+        >>> again = MultiHeadAttention.from_params(layer.params, layer.config)
+        >>> bool((again(x, x) == layer(x, x)).all())
+        True
+        >>> other = MultiHeadAttention.from_config(
+        ...     layer.config, query_features=32, rngs=nnx.Rngs(1)
+        ... )
+        >>> other.set_params(layer.params)
+        >>> layer.forward(x, x).attention_scores is None, float(layer.regularization_loss())
+        (True, 0.0)
+        >>> layer.set_view(deterministic=False)  # what `nnx.view` calls
+        >>> layer.deterministic
+        False
     """
 
     @_config_arguments
@@ -92,7 +105,7 @@ class MultiHeadAttention(nnx.Module):
     def from_config(
         cls, config: MultiHeadAttentionConfig, **features_and_rngs: Any
     ) -> "MultiHeadAttention":
-        """A layer with the config's fields; the rest as in the constructor."""
+        """A layer with the fields of `config`; `features_and_rngs` as in the constructor."""
         fields = {name: getattr(config, name) for name in field_names()}
         return cls(**fields, **features_and_rngs)
 
@@ -100,7 +113,11 @@ class MultiHeadAttention(nnx.Module):
     def from_params(
         cls, params: ParamsLike, config: MultiHeadAttentionConfig, *, rngs: nnx.Rngs | None = None
     ) -> "MultiHeadAttention":
-        """A layer around given parameters; `rngs` serves dropout alone."""
+        """A layer with the fields of `config` around given `params`; `rngs` serves dropout alone.
+
+        Raises:
+            ValueError: parameters that do not fit the config.
+        """
         layer = nnx.eval_shape(
             lambda: cls.from_config(config, **_features(params), rngs=nnx.Rngs(params=0))
         )
@@ -116,7 +133,11 @@ class MultiHeadAttention(nnx.Module):
         return cast(Params, params)
 
     def set_params(self, params: ParamsLike) -> None:
-        """Replaces the parameters; a tree that does not fit the layer is refused by name."""
+        """Replaces the parameters by `params`, a tree as `layer.params`.
+
+        Raises:
+            ValueError: a tree that does not fit the layer, by name.
+        """
         now = cast(ParamsLike, self.params)
         D, M, C = (now[name]["kernel"].shape[:1] for name in ("query", "value", "key"))
         check_params(params, self.config, D, M, C)
@@ -175,7 +196,16 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs | nnx.RngStream | PRNGKey | None = None,
         **call: Any,
     ) -> Activations:
-        """A call with everything it computed, as `flax_mha.forward`: what `activity_loss` needs."""
+        """A call with everything it computed, as `flax_mha.forward`: what `activity_loss` needs.
+
+        Args:
+            query: as in a call.
+            value: as in a call.
+            key: as in a call.
+            training: whether dropout acts; None = the mode.
+            rngs: what dropout draws from; None = the stream that the layer holds.
+            **call: any further argument of a call, by name.
+        """
         training = not self.deterministic if training is None else training
         training = _checks.boolean("training", training)
         return forward(

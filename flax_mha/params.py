@@ -50,6 +50,9 @@ def param_shapes(
         `qk_norm="rms"` also "query_norm" and "key_norm" `{"scale": H}`; with `RelativeBias`
         "relative_bias" `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`.
 
+    Raises:
+        TypeError: an array in the place of its shape.
+
     Example:
         >>> from flax_mha import MultiHeadAttentionConfig, param_shapes
         >>> shapes = param_shapes(MultiHeadAttentionConfig(num_heads=2, key_dim=16), (8, 32))
@@ -58,14 +61,15 @@ def param_shapes(
     """
     value_shape = query_shape if value_shape is None else value_shape
     key_shape = value_shape if key_shape is None else key_shape
-    D, C, M = (shape[-1] for shape in (query_shape, key_shape, value_shape))
+    shapes = {"query_shape": query_shape, "key_shape": key_shape, "value_shape": value_shape}
+    D, C, M = (_tree_checks.features(name, shape) for name, shape in shapes.items())
     N, K, H, V = config.dims
     kernels = {"query": (D, N, H), "key": (C, K, H), "value": (M, K, V)}
     if config.use_gate:
         kernels["gate"] = (D, N, V)
     kernels["attention_output"] = (N, V, *(config.output_shape or (D,)))
-    shapes = {name: _projection(name, shape, config) for name, shape in kernels.items()}
-    return cast(Params, {**shapes, **_extras(config)})
+    projections = {name: _projection(name, shape, config) for name, shape in kernels.items()}
+    return cast(Params, {**projections, **_extras(config)})
 
 
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def init_params(
         The tree of `param_shapes`, filled. Each array depends on `init_key` and its own name alone.
 
     Raises:
-        TypeError: `init_key` is not a PRNG key.
+        TypeError: `init_key` is not a PRNG key, or an array stands in the place of its shape.
         ValueError: float64 parameters without JAX's 64-bit mode.
 
     Example:

@@ -25,19 +25,22 @@ class DistanceFunction(Frozen):
 
     @abstractmethod
     def __call__(self, distance_L: np.ndarray, num_heads: int, embedding: Any = None) -> Array:
-        """The bias `[N, L]` of a key that stands `distance` positions behind the query."""
+        """The bias `[N, L]` of keys that stand `distance_L` positions after the query."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Alibi(DistanceFunction):
-    """Attention with linear biases: -slope_n |distance|, without parameters.
+    """Attention with linear biases: without parameters, what is farther counts less.
+
+        bias[n, t, s] = -slope_n |t - s|          slope_n: `alibi_slopes`
 
     Reference: Press et al., "Train Short, Test Long", https://arxiv.org/abs/2108.12409.
 
     Example:
-        >>> from flax_mha.positions import alibi_slopes
-        >>> alibi_slopes(4).tolist()
-        [0.25, 0.0625, 0.015625, 0.00390625]
+        >>> import numpy as np
+        >>> from flax_mha.positions import Alibi
+        >>> Alibi()(np.array([-2, -1]), num_heads=2).tolist()
+        [[-0.125, -0.0625], [-0.0078125, -0.00390625]]
     """
 
     def __call__(self, distance_L: np.ndarray, num_heads: int, embedding: Any = None) -> Array:
@@ -45,10 +48,24 @@ class Alibi(DistanceFunction):
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """2^(-8 n / N) for n = 1..N, float64 `[N]`.
+    """The slopes of `Alibi`: 2^(-8 n / N) for n = 1..N.
 
     Where N is no power of two, the slopes of the power P below it come first, then every second
     one of 2 P, as in the paper's code.
+
+    Args:
+        num_heads: N, at least 1.
+
+    Returns:
+        float64 `[N]`.
+
+    Raises:
+        ValueError: N below 1, from `math.log2`.
+
+    Example:
+        >>> from flax_mha.positions import alibi_slopes
+        >>> alibi_slopes(4).tolist()
+        [0.25, 0.0625, 0.015625, 0.00390625]
     """
     power = 2 ** math.floor(math.log2(num_heads))
     exact = 2.0 ** (-8 * np.arange(1, power + 1) / power)
@@ -66,6 +83,8 @@ def _count(name: str, value: Any) -> int:
 @dataclasses.dataclass(frozen=True)
 class RelativeBias(DistanceFunction):
     """T5's bias: one learned number for each bucket of distances and each head.
+
+        bias[n, t, s] = embedding[bucket(s - t), n]
 
     Half of the buckets hold one distance each, the others grow with the logarithm up to
     max_distance; all that is farther shares the last. The layer's parameters hold
@@ -92,7 +111,7 @@ class RelativeBias(DistanceFunction):
     bidirectional: bool = True
 
     def buckets(self, distance: np.ndarray) -> np.ndarray:
-        """The bucket of a key that stands `distance` positions behind the query."""
+        """The bucket of a key that stands `distance` positions after the query."""
         count = self.num_buckets // 2 if self.bidirectional else self.num_buckets
         after = np.where(distance > 0, count, 0) if self.bidirectional else 0
         apart = abs(distance) if self.bidirectional else np.maximum(-distance, 0)

@@ -31,6 +31,9 @@ class Regularizer(Frozen):
 class L1(Regularizer):
     """The penalty `l1 * sum |x|`.
 
+    Args:
+        l1: the factor.
+
     Example:
         >>> import jax.numpy as jnp
         >>> float(L1(0.5)(jnp.array([1.0, -3.0])))
@@ -46,6 +49,9 @@ class L1(Regularizer):
 @dataclass(frozen=True)
 class L2(Regularizer):
     """The penalty `l2 * sum x^2`.
+
+    Args:
+        l2: the factor.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,6 +70,10 @@ class L1L2(Regularizer):
     """The penalty `l1 * sum |x| + l2 * sum x^2`.
 
     Both factors are 0 unless given, as in Keras: the bare name "l1l2" penalizes nothing.
+
+    Args:
+        l1: the factor of sum |x|.
+        l2: the factor of sum x^2.
 
     Example:
         >>> import jax.numpy as jnp

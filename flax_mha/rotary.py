@@ -35,7 +35,12 @@ class Scaling(Frozen):
     """How frequencies change so that a model reads texts longer than it was trained on."""
 
     def magnitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """What cos and sin are multiplied by.
+
+        Example:
+            >>> LinearScaling(4.0).magnitude()
+            1.0
+        """
         return 1.0
 
     @abstractmethod
@@ -45,7 +50,19 @@ class Scaling(Frozen):
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(Scaling):
-    """All positions divided by `factor`: w / factor."""
+    """Positions are interpolated: all frequencies become w / factor.
+
+    Args:
+        factor: how much longer texts may be.
+
+    Reference: Chen et al., "Extending Context Window of Large Language Models via Positional
+    Interpolation", https://arxiv.org/abs/2306.15595.
+
+    Example:
+        >>> from flax_mha.rotary import LinearScaling, Rotary
+        >>> Rotary(scaling=LinearScaling(4.0)).frequencies(4).tolist()
+        [0.25, 0.0025]
+    """
 
     factor: Positive
 
@@ -62,6 +79,13 @@ class Llama3Scaling(Scaling):
         low_freq_factor: waves longer than original_length / low_freq_factor are long.
         high_freq_factor: waves shorter than original_length / high_freq_factor are short.
         original_length: the longest text in training.
+
+    Reference: the Llama 3 models, https://arxiv.org/abs/2407.21783.
+
+    Example:
+        >>> from flax_mha.rotary import Llama3Scaling, Rotary
+        >>> Rotary(scaling=Llama3Scaling()).frequencies(4).round(6).tolist()
+        [1.0, 0.01]
     """
 
     factor: Positive = 8.0
@@ -86,6 +110,14 @@ class YarnScaling(Scaling):
         beta_fast: pairs that turn more often than this in original_length stay.
         beta_slow: pairs that turn less often are divided by `factor`.
         attention_factor: what cos and sin are multiplied by; None = 0.1 ln(factor) + 1.
+
+    Reference: Peng et al., "YaRN", https://arxiv.org/abs/2309.00071.
+
+    Example:
+        >>> from flax_mha.rotary import Rotary, YarnScaling
+        >>> scaling = YarnScaling(factor=4.0, original_length=4096)
+        >>> Rotary(scaling=scaling).frequencies(4).tolist(), round(scaling.magnitude(), 4)
+        ([1.0, 0.00625], 1.1386)
     """
 
     factor: Positive
@@ -129,14 +161,18 @@ def _even(name: str, value: Any) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Rotary(Frozen):
-    """Rotary embedding of queries and keys.
+    """Rotary embedding of queries and keys: their product depends on the difference of positions.
+
+        (a, b) -> (a cos(p w) - b sin(p w), b cos(p w) + a sin(p w))       w_i = base^(-2 i / dim)
 
     Args:
         base: the longest wave is about 2 pi base.
         dim: how many of a head's first features turn; None = all.
         interleaved: pairs are neighbours (2 i, 2 i + 1); otherwise halves (i, i + dim / 2), as in
             Llama checkpoints of the transformers library.
-        scaling: `LinearScaling`, `Llama3Scaling` or `YarnScaling`.
+        scaling: `LinearScaling`, `Llama3Scaling` or `YarnScaling`; None = as trained.
+
+    Reference: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864.
 
     Example:
         >>> import jax.numpy as jnp
@@ -145,6 +181,8 @@ class Rotary(Frozen):
         >>> turned = Rotary()(x, jnp.arange(3)[None])
         >>> bool((turned[:, 0] == 1).all()), round(float(turned[0, 1, 0, 0]), 4)
         (True, -0.3012)
+        >>> Rotary(base=100.0).frequencies(4).tolist()
+        [1.0, 0.1]
     """
 
     base: Positive = 10000.0
@@ -153,7 +191,11 @@ class Rotary(Frozen):
     scaling: Annotated[Scaling | None, _scaling] = None
 
     def frequencies(self, H: int) -> np.ndarray:
-        """w_i, float64 `[dim / 2]`, for heads of size H."""
+        """w_i, float64 `[dim / 2]`, for heads of size `H`.
+
+        Raises:
+            ValueError: an odd number of features, or more than a head has.
+        """
         dim = H if self.dim is None else self.dim
         if dim > H or dim % 2:
             rule = "Rotary embedding needs an even number of features, at most key_dim."

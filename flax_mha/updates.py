@@ -21,6 +21,9 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
     Returns:
         The tree of `params`, constrained.
 
+    Raises:
+        ValueError: a constraint whose `axis` an array does not have.
+
     Example:
         >>> import jax, flax_mha
         >>> config = flax_mha.MultiHeadAttentionConfig(2, 16, kernel_constraint="non_neg")

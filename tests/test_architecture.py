@@ -59,6 +59,7 @@ LAYERS = [
     ["interop._flax_modules"],
     ["interop.__init__", "interop.flax", "interop.jax_nn"],
     ["__init__"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT = {

@@ -35,6 +35,7 @@ def test_the_call_without_mistake_works():
         ({"num_heads": 0}, ValueError, r"`num_heads` must be a positive integer.*num_heads=0"),
         ({"num_heads": True}, TypeError, r"`num_heads` must be a positive integer.*bool"),
         ({"num_heads": 2.0}, TypeError, r"`num_heads` must be a positive integer.*float"),
+        ({"num_heads": 2.5}, TypeError, r"num_heads=2\.5 of type float\.$"),
         ({"key_dim": -1}, ValueError, r"`key_dim` must be a positive integer"),
         ({"value_dim": 0}, ValueError, r"`value_dim` must be a positive integer"),
         ({"num_kv_heads": 2}, ValueError, r"multiple of `num_kv_heads` \(K\).*num_heads=3"),
@@ -143,6 +144,8 @@ def test_a_mask_that_could_be_two_things_is_refused():
         ({"params": PARAMS}, r"must hold \['attention_output', 'key', 'query', 'value'\].*\['params'\]"),
         ({**PARAMS, "gate": PARAMS["query"]}, r"`use_gate`"),
         ({**PARAMS, "query": {"kernel": PARAMS["query"]["kernel"]}}, r"params\['query'\].*\['bias', 'kernel'\]"),
+        ({**PARAMS, "query": {**PARAMS["query"], "bias": jnp.zeros((N, 5))}}, r"\['query'\]\['bias'\] must be \[N, H\] = \(3, 11\).*shape \(3, 5\)\.(\n|$)"),
+        ({**PARAMS, "attention_output": {**PARAMS["attention_output"], "kernel": jnp.zeros((2, H, D))}}, r"\[N, V, E\] = \(3, 11, 17\).*shape \(2, 11, 17\)\.(\n|$)"),
         ({**PARAMS, "key": {**PARAMS["key"], "kernel": jnp.zeros((N, H, M))}}, r"\['key'\]\['kernel'\] must be \[C, K, H\] = \(23, 3, 11\).*\(3, 11, 23\).*transposed"),
     ],
 )  # fmt: skip

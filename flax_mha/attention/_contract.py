@@ -50,7 +50,18 @@ class Options:
 class Residuals(NamedTuple):
     """The softmax's float32 remainders, enough to merge partial results over keys.
 
-    `row_max` is -inf and `row_sum` 0 for a query that may attend nowhere.
+        weights = exp(logits - row_max) / row_sum
+
+    Attributes:
+        row_max_BNT: the largest logit of each query; -inf where it may attend nowhere.
+        row_sum_BNT: the sum of exp(logits - row_max); 0 where it may attend nowhere.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> x = jax.numpy.zeros((2, 6, 3, 8))
+        >>> _, residuals = flax_mha.dot_product_attention(x, x, x, return_residuals=True)
+        >>> residuals.row_sum_BNT.shape, float(residuals.row_sum_BNT[0, 0, 0])
+        ((2, 3, 6), 6.0)
     """
 
     row_max_BNT: Array

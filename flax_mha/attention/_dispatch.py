@@ -126,6 +126,9 @@ def explain(
         `{name: "ok" or the reason}` for every name in `IMPLEMENTATIONS`; to the "ok" of the one
         that `implementation=None` chooses, the rule is added.
 
+    Raises:
+        As `dot_product_attention`, but no NotImplementedError: what that says is told instead.
+
     Example:
         >>> import jax, jax.numpy as jnp, flax_mha
         >>> x = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.float32)

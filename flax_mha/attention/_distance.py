@@ -36,6 +36,11 @@ class DistanceBias:
         >>> bias = DistanceBias(jnp.array([[-1.0, 0.0, -1.0]]), first=-1)
         >>> bias.as_array(2, 3)[0, 0].tolist()
         [[0.0, -1.0, -1.0], [-1.0, 0.0, -1.0]]
+        >>> bias.of_queries(jnp.array([1]), 3)[0, 0].tolist()
+        [[-1.0, 0.0, -1.0]]
+        >>> bias.at(jnp.array([[[0, 1, 2]]]))[0, 0].tolist()
+        [[0.0, -1.0, -1.0]]
+        >>> bias.check(B=1, N=1)
     """
 
     values: Array
@@ -43,23 +48,28 @@ class DistanceBias:
     first: int = dataclasses.field(default=0, metadata={"static": True})
 
     def as_array(self, T: int, S: int) -> Array:
-        """The bias as an array `[b, N, T, S]`, where b is 1 or B."""
+        """The bias of `T` queries and `S` keys as an array `[b, N, T, S]`, where b is 1 or B."""
         return self.of_queries(jnp.arange(T, dtype="int32"), S)
 
     def of_queries(self, query_T: Array, S: int) -> Array:
-        """The bias of queries at these indices, `[b, N, T, S]`."""
+        """The bias of queries at the indices `query_T` and of `S` keys, `[b, N, T, S]`."""
         position_bT = query_T[None].astype("int32")
         if self.query_offset is not None:
             position_bT += jnp.reshape(self.query_offset, (-1, 1)).astype("int32")
         return self.at(jnp.arange(S, dtype="int32")[None, None] - position_bT[..., None])
 
     def at(self, distance_bTS: Array) -> Array:
-        """The bias at these distances, `[b, N, T, S]`."""
+        """The bias at the distances `distance_bTS`, `[b, N, T, S]`."""
         entry_bTS = jnp.clip(distance_bTS - self.first, 0, self.values.shape[1] - 1)
         return jnp.moveaxis(jnp.take(self.values, entry_bTS, axis=1), 0, 1)
 
     def check(self, B: int, N: int) -> None:
-        """Refuses values or offsets that do not fit."""
+        """Refuses values or offsets that do not fit `B` examples and `N` heads.
+
+        Raises:
+            ValueError: values that are not `[N, L]`, or offsets that are not `[B]`.
+            TypeError: values that are not floats.
+        """
         _checks.floating_array("distance_bias.values", self.values, "[N, L]")
         if self.values.ndim != 2 or self.values.shape[0] != N or self.values.shape[1] == 0:
             rule = f"`distance_bias.values` must be [N, L] with N = {N} and L > 0."

@@ -24,6 +24,9 @@ def merge(first: Partial, second: Partial) -> Partial:
     Returns:
         The pair for all keys. A query that neither part served has context 0 and row_sum 0.
 
+    Raises:
+        TypeError: shapes that do not broadcast, from JAX itself.
+
     Memory: O(T); differentiable.
 
     Reference: Rabe and Staats, https://arxiv.org/abs/2112.05682.

@@ -25,9 +25,17 @@ PathLike = str | os.PathLike[str]
 
 
 class KerasLayer(NamedTuple):
-    """One attention layer of a file: what `layer=` may be (path or name), and its arrays' shapes.
+    """One attention layer of a file, as `list_keras_layers` finds it.
 
-    `name` is the user's, below the names of the models that hold the layer: `encoder/attention`.
+    Attributes:
+        path: where it stands in the file: `layers/multi_head_attention_1`.
+        name: the user's, such as `encoder/attention`; None where the file does not tell.
+        class_name: "MultiHeadAttention" or "GroupQueryAttention".
+        shapes: the arrays' shapes by "query/kernel" and so on.
+
+    Example:
+        >>> KerasLayer("layers/x", None, "MultiHeadAttention", {"query/kernel": (8, 2, 4)}).path
+        'layers/x'
     """
 
     path: str
@@ -85,10 +93,9 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
         ValueError: parameters that do not fit the config.
 
     Example:
-        >>> import jax
-        >>> from flax_mha import MultiHeadAttentionConfig, init_params
-        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
-        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
         >>> len(to_keras_weights(params, config))
         8
     """
@@ -113,10 +120,16 @@ def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
     Differs from Keras: (1) `flash_attention` is not taken over; see `implementation`. (2) Axes
     stay as Keras resolved them at build, e.g. `attention_axes=(1,)`.
 
-    Example (where Keras is installed):
-        layer = keras.layers.MultiHeadAttention(2, 4)
-        layer.build((1, 5, 8), (1, 5, 8))
-        config, params = from_keras_layer(layer)
+    Example:
+        >>> import numpy as np
+        >>> kernel, output = np.ones((8, 2, 4), "float32"), np.ones((2, 4, 8), "float32")
+        >>> class MultiHeadAttention:  # in earnest, a built keras.layers.MultiHeadAttention(2, 4)
+        ...     __module__, built = "keras", True
+        ...     get_config = lambda self: {"num_heads": 2, "key_dim": 4, "use_bias": False}
+        ...     get_weights = lambda self: [kernel, kernel, kernel, output]
+        >>> config, params = from_keras_layer(MultiHeadAttention())
+        >>> config.dims, params["query"]["kernel"].shape
+        (HeadDims(N=2, K=2, H=4, V=4), (8, 2, 4))
     """
     cls = type(layer)
     class_name = CLASSES.get(cls.__name__)
@@ -148,10 +161,9 @@ def list_keras_layers(path: PathLike) -> list[KerasLayer]:
         ImportError: h5py is not installed.
 
     Example:
-        >>> import os, tempfile, jax
-        >>> from flax_mha import MultiHeadAttentionConfig, init_params
-        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
-        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
         >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
         >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
         >>> [layer.path for layer in list_keras_layers(path)]
@@ -191,19 +203,14 @@ def load_keras_file(
         ImportError: h5py is not installed.
 
     Example:
-        >>> import os, tempfile, jax
-        >>> from flax_mha import MultiHeadAttentionConfig, init_params
-        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, value_dim=3)
-        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4, value_dim=3)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
         >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
         >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
-        >>> list_keras_layers(path)[0].shapes["value/kernel"]
-        (8, 2, 3)
-        >>> loaded_config, loaded = load_keras_file(path)
-        >>> loaded_config == config
-        True
-        >>> bool((loaded["value"]["kernel"] == params["value"]["kernel"]).all())
-        True
+        >>> found, loaded = load_keras_file(path)
+        >>> found == config, bool((loaded["key"]["kernel"] == params["key"]["kernel"]).all())
+        (True, True)
     """
     with open_keras_file(path) as file:
         model = _keras_layers.contents(file)
@@ -233,10 +240,9 @@ def read_keras_arrays(path: PathLike, layer: str | None = None) -> dict[str, np.
         ImportError: h5py is not installed.
 
     Example:
-        >>> import os, tempfile, jax
-        >>> from flax_mha import MultiHeadAttentionConfig, init_params
-        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, use_bias=False)
-        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4, use_bias=False)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
         >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
         >>> save_keras_weights(path, {"attention": (config, params)})
         >>> list(read_keras_arrays(path, "attention"))[0]
@@ -277,14 +283,12 @@ def save_keras_weights(
     dropout or sliding window is not written; (2) the file is replaced at once, never half written.
 
     Example:
-        >>> import os, tempfile, jax
-        >>> from flax_mha import MultiHeadAttentionConfig, init_params
-        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
-        >>> params = init_params(jax.random.key(0), config, (1, 8))
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
         >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
         >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
-        >>> layers = {"layers/multi_head_attention": (config, jax.tree.map(abs, params))}
-        >>> save_keras_weights(path, layers, like=path)
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)}, like=path)
     """
     arrays = {}
     for name, (config, params) in layers.items():

@@ -1,0 +1,153 @@
+"""What there is: `python -m flax_mha` prints names, implementations, commands and the platform.
+
+All of it is read from the package itself: names from `__init__.py`, lines from docstrings.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import pathlib
+import pkgutil
+import platform
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+import flax_mha
+from flax_mha.attention._choice import RULE
+
+# A heading and the files whose names stand below it; the names are those of `__init__.py`.
+GROUPS = {
+    "The layer": ("linen", "functional", "config", "params"),
+    "Attention of arrays": ("attention", "masks", "scores"),
+    "Decoding": ("decoding", "caches"),
+    "Training": ("losses", "updates"),
+}
+WIDTH = 80
+NAMES = 26  # the columns of a name, before its line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the overview; returns the exit code.
+
+    Example:
+        >>> main([])  # doctest: +ELLIPSIS
+        flax_mha ...
+        0
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m flax_mha",
+        description="Prints what the package holds and what it runs on.",
+        epilog=f"To run something: {', '.join(f'python -m {name}' for name in commands())}.",
+    )
+    parser.parse_args(arguments)
+    print("\n".join(overview()))
+    return 0
+
+
+def overview() -> Iterator[str]:
+    """The lines of the overview, none longer than `WIDTH`."""
+    title = f"flax_mha {flax_mha.__version__}: {first_line(flax_mha.__doc__)}"
+    yield from textwrap.wrap(title, WIDTH)
+    exported = exports()
+    for heading, files in GROUPS.items():
+        names = [name for file in files for name in exported[file]]
+        yield from section(f"{heading} (from flax_mha)", {n: summary_of_name(n) for n in names})
+    yield from section("Imported by their own names", {m: summary(m) for m in submodules()})
+    yield from section("Implementations of attention", implementations())
+    yield from section("Commands", {f"python -m {name}": summary(name) for name in commands()})
+    yield from section("Here", here())
+    yield from ("", "help(flax_mha.multi_head_attention), and of any other name, says more.")
+
+
+def section(heading: str, entries: Mapping[str, str]) -> Iterator[str]:
+    """A heading, then each name with its line beside it, or below where the name is long."""
+    yield from ("", heading)
+    for name, line in entries.items():
+        label = f"  {name}".ljust(NAMES)
+        if not label.endswith(" "):
+            yield label
+            label = ""
+        yield from textwrap.wrap(
+            line, WIDTH, initial_indent=label.ljust(NAMES), subsequent_indent=" " * NAMES
+        )
+
+
+def exports() -> dict[str, list[str]]:
+    """The functions and classes that `__init__.py` takes from each file of the package."""
+    names: dict[str, list[str]] = {}
+    for node in ast.parse(inspect.getsource(flax_mha)).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flax_mha."):
+            file = (node.module or "").removeprefix("flax_mha.")
+            public = [a.name for a in node.names if callable(getattr(flax_mha, a.name))]
+            names[file] = names.get(file, []) + public
+    return names
+
+
+def submodules() -> list[str]:
+    """The public modules with names that `__init__.py` does not have."""
+    whole = {f"flax_mha.{file}" for file in exports() if file != "attention"}
+    listed = whole | set(commands())
+    return [name for name in _modules(flax_mha.__path__, "flax_mha.") if name not in listed]
+
+
+def _modules(path: Any, prefix: str) -> Iterator[str]:
+    """Modules without an underscore; of a package that only gathers others, those others."""
+    for module in pkgutil.iter_modules(path, prefix):
+        if module.name.rpartition(".")[2].startswith("_"):
+            continue
+        if module.name == "flax_mha.interop":
+            yield from _modules([f"{folder}/interop" for folder in path], "flax_mha.interop.")
+        else:
+            yield module.name
+
+
+def commands() -> list[str]:
+    """The packages that `python -m` runs."""
+    modules = pkgutil.iter_modules(flax_mha.__path__, "flax_mha.")
+    packages = [module.name for module in modules if module.ispkg]
+    return [name for name in packages if importlib.util.find_spec(f"{name}.__main__")]
+
+
+def implementations() -> dict[str, str]:
+    """Each implementation's line, and what None chooses."""
+    lines = {name: first_line(module.__doc__) for name, module in flax_mha.IMPLEMENTATIONS.items()}
+    return lines | {"None": f"{RULE}; `flax_mha.explain` says which serves a call, or why not."}
+
+
+def here() -> dict[str, str]:
+    """The versions and the devices of this machine."""
+    packages = ("jax", "flax", "optax", "numpy")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    try:
+        devices = [device.device_kind for device in jax.devices()]
+        runs_on = f"{jax.default_backend()}: {len(devices)} x {devices[0]}"
+    except (RuntimeError, AssertionError) as error:  # JAX's, for a platform that is not there
+        runs_on = f"nothing, with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error!r}"
+    return {
+        "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
+        "JAX runs on": runs_on,
+    }
+
+
+def summary_of_name(name: str) -> str:
+    return first_line(inspect.getdoc(getattr(flax_mha, name)))
+
+
+def summary(module: str) -> str:
+    """The first line of a module, which is not imported for it."""
+    spec: Any = importlib.util.find_spec(module)
+    return first_line(ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())))
+
+
+def first_line(docstring: str | None) -> str:
+    return (docstring or "").split("\n")[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
