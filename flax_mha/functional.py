@@ -72,7 +72,7 @@ def multi_head_attention(
         TypeError: a float mask, integer inputs, a dropout key that is none.
         NotImplementedError: the implementation named in the config cannot serve this call.
 
-    Memory: O(T + S) from T x S = 128 x 128 on; O(B N T S) below, and where scores are returned.
+    Memory: O(T + S) from T x S = 96 x 96 on; O(B N T S) below, and where scores are returned.
 
     Differs from Keras: (1) a query that may attend nowhere has context 0 on every path; (2) masks
     are expanded before they are combined, and never inverted by a cast; (3) causal and window masks

@@ -119,7 +119,7 @@ class Mask:
 
         Example:
             >>> lengths = jnp.array([3, 1])
-            >>> mask = Mask.padding(key=jnp.arange(3) < lengths[:, None])
+            >>> mask = Mask.padding(key=jnp.arange(3)[None] < lengths[:, None])
             >>> mask.as_array(1, 3)[:, 0, 0].astype(int).tolist()
             [[1, 1, 1], [1, 0, 0]]
         """

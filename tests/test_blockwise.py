@@ -87,8 +87,8 @@ def test_garbage_reaches_nothing(implementation, garbage, kind):
 
 def test_none_chooses_by_size_and_says_so():
     call = lambda T: [jax.ShapeDtypeStruct((1, T, N, H), jnp.float32)] * 3
-    assert explain(*call(64))["blockwise"].startswith("ok, and None chooses it")
-    assert explain(*call(63))["reference"].startswith("ok, and None chooses it")
+    assert explain(*call(96))["blockwise"].startswith("ok, and None chooses it")
+    assert explain(*call(95))["reference"].startswith("ok, and None chooses it")
     few = jax.ShapeDtypeStruct((1, 7, N, H), jnp.float32)
     assert explain(few, *call(4096)[1:])["reference"].startswith("ok, and None chooses it")
     assert explain(*call(128), return_weights=True)["reference"].startswith("ok, and None")

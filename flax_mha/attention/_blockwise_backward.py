@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha._dtypes import wide_dtype
-from flax_mha._typing import Array
+from flax_mha._typing import Array, DType
 from flax_mha.attention._blockwise_call import (
     Blocks,
     Plan,
@@ -92,8 +92,11 @@ def backward(plan: Plan, blocks: Blocks, softmax: Softmax, cotangent: Softmax) -
     values = None if blocks.distance_bias is None else blocks.distance_bias.values
     biases = Biases(blocks.bias_bnts, values)
     like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, biases)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), like)
-    return every(tiling.lanes * tiling.key_blocks, step, zeros)
+    return every(tiling.lanes * tiling.key_blocks, step, _zeros(like, wide))
+
+
+def _zeros(like: Any, dtype: DType | None = None) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), like)
 
 
 def _saved(blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Saved:
@@ -123,7 +126,7 @@ def _key_block(
         compute = lambda: _tile_gradients(  # noqa: E731
             plan, blocks, saved, key_bksh, value_bksv, tile, masked
         )
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+        nothing = lambda: _zeros(jax.eval_shape(compute))  # noqa: E731
         return _add(plan, blocks, sums, tile, where_needed(plan, blocks, tile, compute, nothing))
 
     sums = _nothing(plan, gradients)

@@ -160,11 +160,11 @@ def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:
 
 
 def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise: Any) -> Any:
-    """`compute()`, or `otherwise` where padding and segments leave nothing of the tile."""
+    """`compute()`, or `otherwise()` where padding and segments leave nothing of the tile."""
     if is_band(blocks.mask) or not blocks.mask.removes_positions:
         return compute()
     needed = may_meet(plan.tiling, blocks.mask, tile)
-    return jax.lax.cond(needed, compute, lambda: otherwise)
+    return jax.lax.cond(needed, compute, otherwise)
 
 
 def every(steps: int, step: Any, carry: Any) -> Any:

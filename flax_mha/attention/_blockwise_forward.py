@@ -67,7 +67,7 @@ def _query_block(
     def step(masked: bool, j: Array, rows: Rows) -> Any:
         tile = Tile(b, k, t, j * tiling.s)
         add = lambda: _add_tile(plan, blocks, query_bkrh, tile, masked, rows)  # noqa: E731
-        return where_needed(plan, blocks, tile, add, rows)
+        return where_needed(plan, blocks, tile, add, lambda: rows)
 
     rows = loop(key_spans(tiling, blocks.mask, b, i), step, _nothing(plan, blocks))
     # A query that may attend nowhere has sum 0 and row_sum 0: its context is 0.

@@ -6,17 +6,18 @@ least of many, two cores, jax 0.10:
     B=64 T=32     2.0 /   5.1    2.0 /   6.8        B=32 T=128    15 /  54     7 / 24
     B=64 T=64     5.5 /  25      5.9 /  17          B=8  T=512    84 / 190    16 / 55
 
-One query against a cache of 2048, 8 examples: 1.5 against 20, for the blocks want the keys of a
-cache in another order.
+with the projections, forward: B=64 T=64 23.1 against 23.7 (medians 25 and 32), B=32 T=96 18.2
+against 17.5. One query against a cache of 2048, 8 examples: 1.5 against 20, for the blocks want the
+keys of a cache in another order.
 """
 
 from collections.abc import Sequence
 
 from flax_mha.attention._contract import Inputs
 
-SMALLEST_BLOCKWISE = 64 * 64
+SMALLEST_BLOCKWISE = 96 * 96
 FEWEST_QUERIES = 8
-RULE = "blockwise from T x S = 64 x 64 and T = 8 on, reference below"
+RULE = "blockwise from T x S = 96 x 96 and T = 8 on, reference below"
 
 
 def preferred(able: Sequence[str], inputs: Inputs) -> str:

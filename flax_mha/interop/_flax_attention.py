@@ -85,7 +85,7 @@ def attention_fn(
         ValueError: dropout without a key, an additive mask, shapes that do not fit.
         TypeError: integer inputs, a `module` without `sow`.
 
-    Memory: O(T + S) from 128 x 128 on; O(T S) where the weights are sown. A mask array is what it
+    Memory: O(T + S) from 96 x 96 on; O(T S) where the weights are sown. A mask array is what it
     is: pass `mask=Mask.causal()` to the flax module instead of `make_causal_mask(x)`.
 
     Differs from flax: (1) a query that may attend nowhere gets context 0, not mean(value);

@@ -59,7 +59,7 @@ def dot_product_attention(
         ValueError: shapes that do not fit.
         TypeError: a float mask, an integer query, mixed dtypes.
 
-    Memory: O(T + S) from 128 x 128 on; lengths, causal and window never become a `[T, S]` array.
+    Memory: O(T + S) from 96 x 96 on; lengths, causal and window never become a `[T, S]` array.
 
     Differs from jax.nn: (1) a query that may attend nowhere gets context 0 and residual -inf, not
     mean(value); (2) V may differ from H; (3) NaN beyond a length goes nowhere; (4) bounds of a
