@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, normal
+from helpers import assert_close, assert_trees_close, normal
 
 from flax_mha import (
     IMPLEMENTATIONS,
@@ -111,7 +111,7 @@ def test_the_layer_runs_blockwise_and_equals_the_reference():
     )(params)
     (loss, gradient), (expected, slopes) = run("blockwise"), run("reference")
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), gradient, slopes)
+    assert_trees_close(gradient, slopes, "float32")
     layer = config.replace(implementation="blockwise")
     with pytest.raises(NotImplementedError, match=r"never holds the weights.*\['reference'\]"):
         multi_head_attention(params, x, x, config=layer, return_attention_scores=True)
