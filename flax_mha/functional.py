@@ -148,7 +148,17 @@ def forward(
     """
     flags = Flags(use_causal_mask, return_attention_scores, return_projections=cache is None)
     arrays = (query, value, value if key is None else key)
-    return _run(params, arrays, Restrictions(**restrictions), dropout_key, cache, config, flags)
+    restricted = Restrictions(**_known_restrictions(restrictions))
+    return _run(params, arrays, restricted, dropout_key, cache, config, flags)
+
+
+def _known_restrictions(given: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(set(given) - set(Restrictions._fields)):
+        rule = f"Masks and positions are given as {', '.join(Restrictions._fields)}."
+        _checks.fail(
+            TypeError, rule, f"the argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
+        )
+    return given
 
 
 def _run(

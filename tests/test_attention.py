@@ -12,6 +12,7 @@ from helpers import assert_close, normal, x64
 
 from flax_mha import IMPLEMENTATIONS, Mask, dot_product_attention, explain
 from flax_mha.attention import _dispatch
+from flax_mha.attention._canonical import canonical
 
 # implementation -> {what it must refuse: the regex of its reason}; an unexpected success fails.
 REFUSALS: dict[str, dict[str, tuple[type[Exception], str]]] = {
@@ -163,6 +164,22 @@ def test_residuals_are_the_softmax_s(name, implementation):
     )
 
 
+def test_huge_logits_stay_finite(implementation):
+    """The maximum and the exponent must see one rounding of a logit: beyond 2^24 one is not 0."""
+    x = 3e5 * normal(0, 1, 40, 2, 11)
+
+    def loss(x):
+        context = dot_product_attention(x, x, x, implementation=implementation)
+        return context.sum(), context
+
+    gradient, context = jax.jit(jax.grad(loss, has_aux=True))(x)
+    heads = np.asarray(x[0]).swapaxes(0, 1)
+    likest = (heads @ heads.swapaxes(1, 2)).argmax(-1)  # the one key that a query sees
+    expected = np.take_along_axis(heads, likest[..., None], 1).swapaxes(0, 1)
+    np.testing.assert_array_equal(context[0], expected)
+    assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_any_number_of_batch_axes(batch, implementation):
     query, key, value = (
@@ -227,10 +244,9 @@ def test_named_means_named(picky):
     x = normal(0, B, T, N, H)
     assert (dot_product_attention(x, x, x, implementation="picky") == 7).all()
     assert (dot_product_attention(x, x, x, implementation="reference") != 7).all()
-    with pytest.raises(
-        NotImplementedError, match=r"'picky' cannot .*no causal order.*\['reference'"
-    ):
-        dot_product_attention(x, x, x, implementation="picky", is_causal=True)
+    refusal = r"'picky' cannot .*no causal order.*query \[2, 5, 3, 11\].*soft_cap=5.*\['reference'"
+    with pytest.raises(NotImplementedError, match=refusal):
+        dot_product_attention(x, x, x, implementation="picky", is_causal=True, soft_cap=5)
 
 
 def test_explain_gives_every_reason_without_computing(picky):
@@ -244,11 +260,13 @@ def test_explain_gives_every_reason_without_computing(picky):
     key = jax.random.key(0)
     call = dict(mask=mask, bias=jnp.zeros((T, T)), dropout_rate=0.1, dropout_key=key)
     assert explain(x, x, x, **call)["reference"].startswith("ok")
+    alone = explain(x, x, x, is_causal=True, return_weights=True)["reference"]
+    assert alone == "ok, and None chooses it: no other can"
 
 
 def test_explain_takes_the_arguments_of_the_function():
     takes = inspect.signature(dot_product_attention).parameters
-    own = inspect.signature(_dispatch._canonical).parameters
+    own = inspect.signature(canonical).parameters
     assert set(takes) == {*own, "implementation"}
     assert all(own[name].default == takes[name].default for name in own)
     with pytest.raises(TypeError, match="casual"):

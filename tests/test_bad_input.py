@@ -11,6 +11,7 @@ from flax_mha import (
     MultiHeadAttentionConfig,
     dot_product_attention,
     explain,
+    forward,
     init_params,
     multi_head_attention,
 )
@@ -197,6 +198,11 @@ Q, K, V = jnp.zeros((B, T, 6, H)), jnp.zeros((B, S, 2, H)), jnp.zeros((B, S, 2, 
 def test_dot_product_attention(function, arguments, error, message):
     with pytest.raises(error, match=message):
         function(**{"query": Q, "key": K, "value": V, **arguments})
+
+
+def test_forward_names_its_masks():
+    with pytest.raises(TypeError, match=r"given as query_mask, .*Received: the argument mask"):
+        forward(PARAMS, QUERY, VALUE, config=CONFIG, mask=None)
 
 
 def test_masks_that_cannot_be_combined():

@@ -3,7 +3,7 @@
     weights = e^(logits - lse)                   lse = row_max + log row_sum
     d_weights = drop(d_context . value^T)        delta = sum_v d_context context - d_row_sum row_sum
     d_logits = weights (d_weights - delta)       d_bias = d_logits, d_product = cap' d_logits
-    d_query = scale d_product . key    d_key = scale d_product^T . query
+    d_query = scale d_product . key    d_key = d_product^T . scale query
     d_value = drop(weights)^T . d_context
 
 d_key and d_value are summed transposed, `[h, s]`: written so, XLA's CPU products run at twice the
@@ -131,7 +131,7 @@ def _key_block(
 
     sums = _nothing(plan, gradients)
     sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
-    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3) * plan.options.scale
+    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3)
     return Gradients(
         sums.d_query_BTNH,
         put_keys(gradients.d_key_BSKH, d_key_bksh, here),
@@ -157,7 +157,7 @@ def _tile_gradients(
     masked: bool,
 ) -> TileGradients:
     tiling, drop = plan.tiling, tile_dropper(plan, blocks, tile)
-    query_bkrh = of_queries(tiling, blocks.query_BTNH, tile)
+    query_bkrh = of_queries(tiling, blocks.query_BTNH, tile) * plan.options.scale
     d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
     lse_bkr, delta_bkr = (of_rows(tiling, x, tile) for x in (saved.lse_BNT, saved.delta_BNT))
 

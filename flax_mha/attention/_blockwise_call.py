@@ -116,9 +116,9 @@ class TileLogits(NamedTuple):
 def tile_logits(
     plan: Plan, blocks: Blocks, query_bkrh: Array, key_bksh: Array, tile: Tile, masked: bool
 ) -> TileLogits:
-    """cap(scale query . key) + bias, where allowed."""
+    """cap(query . key) + bias, where allowed; the query is scaled."""
     tiling, options = plan.tiling, plan.options
-    product_bkrs = product(plan, "bkrh,bksh->bkrs", query_bkrh, key_bksh) * options.scale
+    product_bkrs = product(plan, "bkrh,bksh->bkrs", query_bkrh, key_bksh)
     logits_bkrs, slope_bkrs = soft_capped(product_bkrs, options), None
     if options.soft_cap is not None:
         slope_bkrs = 1 - (logits_bkrs / options.soft_cap) ** 2

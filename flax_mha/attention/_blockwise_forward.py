@@ -62,7 +62,7 @@ def _query_block(
 ) -> Softmax:
     tiling, (b, k, i) = plan.tiling, at
     t = i * tiling.t
-    query_bkrh = of_queries(tiling, blocks.query_BTNH, Tile(b, k, t, 0))
+    query_bkrh = of_queries(tiling, blocks.query_BTNH, Tile(b, k, t, 0)) * plan.options.scale
 
     def step(masked: bool, j: Array, rows: Rows) -> Any:
         tile = Tile(b, k, t, j * tiling.s)

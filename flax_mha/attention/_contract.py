@@ -36,7 +36,11 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The static half of one attention call; `dropout_rate` is 0 where there is no key."""
+    """The static half of one attention call; `dropout_rate` is 0 where there is no key.
+
+    The query is scaled, not the product: as in Keras, and what the maximum and the exponent see is
+    one number, where XLA would round `scale * product` for each of them.
+    """
 
     scale: float
     soft_cap: float | None = None
