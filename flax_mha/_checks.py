@@ -265,8 +265,8 @@ def block_sizes(value: Any) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         fail(TypeError, rule, f"block_sizes={value!r}")
     queries, keys = (integer("block_sizes", size, minimum=1) for size in value)
-    if keys % 4:
-        fail(ValueError, "The keys a block must be a multiple of 4.", f"block_sizes={value!r}")
+    if queries % 4:
+        fail(ValueError, "The queries a block must be a multiple of 4.", f"block_sizes={value!r}")
     return queries, keys
 
 

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry_2x32
 
+from flax_mha._threefry import threefry
 from flax_mha._typing import Array, PRNGKey, Shape
 
-# One threefry gives two 32-bit words: four draws of 16 bits, for four neighbours along S.
+# One threefry gives two 32-bit words: four draws of 16 bits, for four neighbours along T.
 DRAWS = 4
 LEVELS = 1 << 16
 
@@ -17,25 +17,23 @@ def keep_mask(
     """Booleans `[B, N, T, S]`, True with probability 1 - rate: the weights that stay.
 
     Entry (b, n, t, s) of the tile that begins at `start` is the same whatever the tile: equal for
-    every implementation, block size and sharding. `start[-1]` must be a multiple of 4. The
+    every implementation, block size and sharding. `start[-2]` must be a multiple of 4. The
     probability is `1 - rate` rounded to a multiple of 2^-16.
 
     Memory: 1 byte an entry, and two 32-bit words for every four while it is computed.
     """
     B, N, T, S = shape
     b, n, t, s = start
-    word_2 = tuple(jax.random.bits(dropout_key, (2,), jnp.uint32))
-    head_2BN = _threefry(word_2, _index(b, B)[:, None], _index(n, N)[None, :])
-    columns = -(-S // DRAWS)
-    column = _index(s, 1) // DRAWS + _index(0, columns)
-
-    def head_draws(*head_key: Array) -> Array:
-        word_2TC = _threefry(head_key, _index(t, T)[:, None], column[None, :])
-        halves = [word_TC >> shift & 0xFFFF for word_TC in word_2TC for shift in (0, 16)]
-        draw_TC4 = jnp.stack(halves, -1)
-        return draw_TC4.reshape(T, columns * DRAWS)[:, :S]
-
-    draw_BNTS = jax.vmap(jax.vmap(head_draws))(*head_2BN)
+    rows = -(-T // DRAWS)
+    word_2 = jax.random.bits(dropout_key, (2,), jnp.uint32)
+    head_2BN = threefry((word_2[0], word_2[1]), _index(b, B)[:, None], _index(n, N)[None, :])
+    head_BN11 = (head_2BN[0][..., None, None], head_2BN[1][..., None, None])
+    row_11r1 = (_index(t, 1) // DRAWS + _index(0, rows))[None, None, :, None]
+    column_111S = _index(s, S)[None, None, None, :]
+    word_BNr2S = jnp.stack(threefry(head_BN11, row_11r1, column_111S), -2)
+    # Stacks are written down by XLA's CPU; words that are only broadcast, each use draws again.
+    draw_BNr22S = jnp.stack((word_BNr2S & 0xFFFF, word_BNr2S >> 16), -2)
+    draw_BNTS = draw_BNr22S.reshape(B, N, rows * DRAWS, S)[:, :, :T]
     return draw_BNTS < round((1.0 - rate) * LEVELS)
 
 
@@ -47,9 +45,3 @@ def drop(weights_BNTS: Array, keep_BNTS: Array, rate: float) -> Array:
 
 def _index(start: Array | int, size: int) -> Array:
     return jnp.asarray(start, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32)
-
-
-def _threefry(keypair: tuple[Array, ...], high: Array, low: Array) -> Array:
-    """Two random words `[2, ...]` for every pair of counters (high, low)."""
-    counter = jnp.stack(jnp.broadcast_arrays(high, low))
-    return threefry_2x32(keypair, counter)

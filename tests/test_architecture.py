@@ -19,7 +19,7 @@ SOURCES = {
 # From the ground up; a module may import from lower lines only.
 LAYERS = [
     ["_typing"],
-    ["_checks", "_dtypes", "_platform"],
+    ["_checks", "_dtypes", "_platform", "_threefry"],
     ["_frozen", "_tree_checks", "_projection"],
     ["_distributions"],
     ["initializers", "regularizers", "constraints", "masks", "_dropout", "_folding"],

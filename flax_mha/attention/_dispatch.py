@@ -59,7 +59,7 @@ def dot_product_attention(
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
         block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
-            The keys a block must be a multiple of 4, for dropout draws four at a time.
+            The queries a block must be a multiple of 4, for dropout draws four at a time.
         return_weights: also return the weights `[..., N, T, S]`, before dropout.
         return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
 
