@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_mha.bench.cases import Case
+from flax_mha.bench.pairs import Pair
 
 
 @dataclasses.dataclass
@@ -81,6 +82,7 @@ class Run:
     environment: dict[str, Any]
     settings: dict[str, Any]
     cases: list[CaseResult] = dataclasses.field(default_factory=list)
+    pairs: list[Pair] = dataclasses.field(default_factory=list)
     compile_case: str | None = None
     compile_seconds: dict[str, list[float]] | None = None
     memory: dict[str, int | None] | None = None
@@ -99,6 +101,7 @@ class Run:
         return {
             **{name: getattr(self, name) for name in ("finished", "environment", "settings")},
             "cases": [result.to_dict() for result in self.cases],
+            "pairs": [pair.to_dict() for pair in self.pairs],
             "compile": {"case": self.compile_case, "seconds": self.compile_seconds},
             "temp_bytes_compiled_only": self.memory,
             "import_flax_mha_after_flax_seconds": self.import_seconds,

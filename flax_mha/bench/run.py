@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flax_mha.bench import extras, peers, plots, report, timing
+from flax_mha.bench import extras, pairs, peers, plots, report, timing
 from flax_mha.bench.cases import BenchError, Case
 from flax_mha.bench.check import Wrong, check
 from flax_mha.bench.crossover import crossovers
@@ -176,7 +176,12 @@ def _samples(calls: dict, rows: dict[str, Row], settings: Settings) -> Iterator[
 
 
 def _extras(result: Run, settings: Settings, screen: Screen) -> None:
-    """Fresh compilations of the first FB case, long sequences, the import."""
+    """Pairs of cases in turns, fresh compilations of the first FB case, memory, the import."""
+    if "ours" in settings.contenders:
+        for pair in pairs.pairs_of(settings.cases):
+            screen.show(f"{pair.above.label} and {pair.below.label}, in turns")
+            pairs.measure(pair, settings.seconds, settings.rounds)
+            result.pairs.append(pair)
     case = next((c for c in settings.cases if c.gradient and not c.alone), None)
     if settings.compiles and case is not None:
         screen.show(f"{case.label}: {settings.compiles} compilations each")

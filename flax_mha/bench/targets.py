@@ -4,7 +4,8 @@ import dataclasses
 import statistics
 from collections.abc import Iterator
 
-from flax_mha.bench.results import CaseResult, Row, Run
+from flax_mha.bench.pairs import Pair
+from flax_mha.bench.results import CaseResult, Run
 
 LONG = 4096
 TIMES_FASTER = {True: 4.0, False: 2.5}  # than every JAX layer, FB at T = 4096; causal, not causal
@@ -93,60 +94,45 @@ def _compared(
 
 
 def _causal(run: Run) -> Iterator[Target]:
-    lengths = sorted({r.case.length for r in run.cases if r.case.length >= LONG}) or [LONG]
-    for length in lengths:
-        for gradient in (False, True):
-            pair = [run.find(length=length, gradient=gradient, causal=c) for c in (True, False)]
-            if length > LONG and None in pair:
-                continue  # a length beyond the target's own, measured for something else
-            name = f"T={length} {'FB' if gradient else 'F'}: causal over not causal"
-            yield _ratio(name, pair[0], pair[1], CAUSAL)
+    """Of the layer and of the attention alone: the projections are the same in both cases."""
+    pairs = [p for p in run.pairs if p.above.length >= LONG and not p.below.causal]
+    for pair in pairs:
+        if pair.above.causal:
+            name = f"{pair.above.label}, {pair.part}: over not causal"
+            yield _in_turns(name, pair, CAUSAL)
+    for gradient in (False, True):
+        if not any(p.above.causal and p.above.gradient == gradient for p in pairs):
+            name = f"T={LONG} {'FB' if gradient else 'F'}: causal over not causal"
+            yield Target(name, None, CAUSAL, evidence="this run lacks one of the two cases")
 
 
 def _window(run: Run) -> Iterator[Target]:
     """Twice the length with one window: twice the time."""
-    name = "window, FB: time at 2 T over time at T"
-    windows = [r for r in run.cases if r.case.window and r.case.gradient]
-    for short in windows:
-        doubled = dataclasses.replace(short.case, length=2 * short.case.length, alone=False)
-        long = [r for r in windows if dataclasses.replace(r.case, alone=False) == doubled]
-        if long:
-            yield _ratio(f"{name}, T={short.case.length}", long[0], short, WINDOW_GROWTH)
-            return
-    yield Target(name, None, WINDOW_GROWTH, evidence="no two windowed FB cases with T and 2 T")
+    pairs = [p for p in run.pairs if p.above.window and p.above.gradient]
+    for pair in pairs:
+        if pair.above.length != pair.below.length:
+            name = f"{pair.above.label}: over half the length"
+            yield _in_turns(name, pair, WINDOW_GROWTH)
+    if not pairs:
+        name = "window, FB: time at 2 T over time at T"
+        evidence = "no two windowed FB cases with T and 2 T"
+        yield Target(name, None, WINDOW_GROWTH, evidence=evidence)
 
 
 def _dropout(run: Run) -> Iterator[Target]:
     """The surcharge of dropout 0.1 at T = 512; other lengths and rates have no target."""
-    dropped = [r for r in run.cases if r.case.gradient and r.case.dropout == 0.1]
-    dropped = [r for r in dropped if r.case.length == DROPOUT_LENGTH]
-    if not dropped:
+    pairs = [p for p in run.pairs if p.above.dropout == 0.1 and p.below.dropout == 0]
+    pairs = [p for p in pairs if p.above.gradient and p.above.length == DROPOUT_LENGTH]
+    for pair in pairs:
+        yield _in_turns(f"{pair.above.label}: over without", pair, DROPOUT)
+    if not pairs:
         name = f"T={DROPOUT_LENGTH} FB dropout=0.1: over without"
-        yield Target(name, None, DROPOUT, evidence="this run has no such case")
-    for result in dropped:
-        plain = next((r for r in run.cases if r.case == _without_dropout(result)), None)
-        yield _ratio(f"{result.case.label}: over without", result, plain, DROPOUT)
+        yield Target(name, None, DROPOUT, evidence="this run lacks one of the two cases")
 
 
-def _without_dropout(result: CaseResult) -> object:
-    return dataclasses.replace(result.case, dropout=0.0)
-
-
-def _ratio(name: str, above: CaseResult | None, below: CaseResult | None, limit: float) -> Target:
-    """Our time in one case over our time in another; the others' as evidence."""
-    if above is None or below is None:
-        return Target(name, None, limit, evidence="this run lacks one of the two cases")
-    pairs = [(row, below.row(row.name)) for row in above.timed()]
-    ratios = {a.name: _quotients(a, b) for a, b in pairs if b is not None}
-    if "ours" not in ratios:
-        return Target(name, None, limit, evidence="no times of ours")
-    value, minima = ratios.pop("ours")
-    others = [f"{rival} {quotient:.2f}" for rival, (quotient, _) in ratios.items()]
-    return Target(name, value, limit, evidence="; ".join([f"by minima {minima:.2f}", *others]))
-
-
-def _quotients(above: Row, below: Row) -> tuple[float, float]:
-    return above.median / below.median, above.minimum / below.minimum
+def _in_turns(name: str, pair: Pair, limit: float) -> Target:
+    evidence = f"in turns; by minima {pair.minima:.2f}"
+    return Target(name, pair.medians, limit, evidence=evidence)
 
 
 def _memory(run: Run) -> Iterator[Target]:

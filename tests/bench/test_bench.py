@@ -97,6 +97,19 @@ def test_an_interrupted_run_keeps_its_cases(tmp_path, capsys, monkeypatch):
     assert found["cases"][0]["contenders"][0]["samples"]
 
 
+def test_pairs_of_cases_are_timed_in_turns(tmp_path, capsys):
+    labels = [f"{SMALL} F", f"{SMALL} F causal", f"{SMALL} F dropout=0.1"]
+    arguments = [word for label in labels for word in ("--case", label)]
+    code, found = _main(tmp_path, *arguments, *QUICK, "ours", "--no-plots")
+    assert code == 0
+    told = [(pair["part"], pair["above"], pair["below"]) for pair in found["pairs"]]
+    causal, dropped = (f"{SMALL} F causal", f"{SMALL} F"), (f"{SMALL} F dropout=0.1", f"{SMALL} F")
+    assert told == [("layer", *causal), ("attention", *causal), ("layer", *dropped)]
+    for pair in found["pairs"]:
+        assert len(pair["above_samples"]) == len(pair["below_samples"]) == 2
+        assert min(*pair["above_samples"], *pair["below_samples"]) > 0
+
+
 @pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(tmp_path):
     """With every extra measurement, and OpenMP's policy set before torch is imported."""

@@ -11,6 +11,7 @@ from flax_mha.bench.cases import SETS, Case
 from flax_mha.bench.crossover import PAIR, crossovers
 from flax_mha.bench.masks import allowed
 from flax_mha.bench.memory import long_sequences
+from flax_mha.bench.pairs import Pair, pairs_of
 from flax_mha.bench.results import CaseResult, Row, Run
 from flax_mha.bench.targets import targets
 
@@ -110,10 +111,6 @@ def test_targets_of_speed_on_made_up_numbers():
         ),
         _result("1x4096x8x2 FB", ours=200, keras=500, sdpa=250, mha=190),
         _result("8x512x8x2 FB", ours=100, keras=90, linen=120),
-        _result("8x512x8x2 FB dropout=0.1", ours=130, keras=99, linen=180),
-        _result("8x256x8x2 FB", ours=1, keras=1),
-        _result("8x256x8x2 FB dropout=0.1", ours=9, keras=9),
-        _result("1x64x8x2 FB window=4", ours=10),
         _result("1x128x8x2 FB window=4 alone", ours=21),
     )
     expected = {
@@ -124,20 +121,61 @@ def test_targets_of_speed_on_made_up_numbers():
         "T=4096 FB causal: times faster than torch's best": (0.8, "missed"),
         "T=4096 FB: times faster than torch's best": (0.95, "missed"),
         "T=4096 F: times faster than torch's best": (None, "not measured"),
-        "T=4096 FB: causal over not causal": (0.5, "met"),
-        "T=4096 F: causal over not causal": (None, "not measured"),
-        "8x512x8x2 FB dropout=0.1: over without": (1.3, "missed"),
-        "window, FB: time at 2 T over time at T, T=64": (2.1, "met"),
     }
     for name, (value, verdict) in expected.items():
         assert found[name].verdict == verdict, name
         assert found[name].value == (None if value is None else pytest.approx(value)), name
     evidence = found["T=4096 FB causal: times faster than the fastest JAX layer"].evidence
     assert evidence == "keras; by minima 4.22"  # 380 / 90: each side's best
-    evidence = found["8x512x8x2 FB dropout=0.1: over without"].evidence
-    assert evidence == "by minima 1.30; keras 1.10; linen 1.50"
-    assert "8x256x8x2 FB dropout=0.1: over without" not in found
     assert "1x128x8x2 FB window=4 alone: time over the fastest JAX layer's" not in found
+
+
+def _turns(part, above, below, times):
+    samples = [[low / 1e3, median / 1e3, 3 * median / 1e3] for low, median in times]
+    return Pair(part, Case.parse(above), Case.parse(below), *samples)
+
+
+def test_targets_of_pairs_on_made_up_numbers():
+    long = ("1x4096x8x2 FB causal", "1x4096x8x2 FB")
+    dropped = ("8x512x8x2 FB dropout=0.1", "8x512x8x2 FB")
+    shorter = ("8x256x8x2 FB dropout=0.1", "8x256x8x2 FB")
+    windows = ("1x128x8x2 FB window=4", "1x64x8x2 FB window=4")
+    found = _found(
+        pairs=[
+            _turns("layer", *long, [(60, 70), (90, 100)]),
+            _turns("attention", *long, [(50, 50), (90, 100)]),
+            _turns("layer", *dropped, [(120, 130), (100, 100)]),
+            _turns("layer", *shorter, [(900, 900), (1, 1)]),
+            _turns("layer", *windows, [(20, 21), (10, 10)]),
+        ]
+    )
+    expected = {
+        "1x4096x8x2 FB causal, layer: over not causal": (0.7, "missed"),
+        "1x4096x8x2 FB causal, attention: over not causal": (0.5, "met"),
+        "T=4096 F: causal over not causal": (None, "not measured"),
+        "8x512x8x2 FB dropout=0.1: over without": (1.3, "missed"),
+        "1x128x8x2 FB window=4: over half the length": (2.1, "met"),
+    }
+    for name, (value, verdict) in expected.items():
+        assert found[name].verdict == verdict, name
+        assert found[name].value == (None if value is None else pytest.approx(value)), name
+    evidence = found["1x4096x8x2 FB causal, layer: over not causal"].evidence
+    assert evidence == "in turns; by minima 0.67"
+    assert not any("8x256" in name for name in found)
+
+
+def test_pairs_are_of_cases_that_differ_in_one_thing():
+    texts = ("F", "F causal", "F dropout=0.1", "FB dropout=0.1 causal", "FB dropout=0.1")
+    cases = [Case.parse(f"1x64x8x2 {text}") for text in texts]
+    cases += [Case.parse("1x32x8x2 FB window=4"), Case.parse("1x64x8x2 FB window=4 alone")]
+    pairs = {(p.part, p.above.variant, p.below.variant, p.below.length) for p in pairs_of(cases)}
+    assert pairs == {
+        ("layer", "F causal", "F", 64),
+        ("attention", "F causal", "F", 64),
+        ("layer", "F dropout=0.1", "F", 64),
+        ("layer", "FB causal dropout=0.1", "FB dropout=0.1", 64),
+        ("layer", "FB window=4", "FB window=4", 32),
+    }
 
 
 def test_targets_of_memory_and_start_on_made_up_numbers():
