@@ -167,6 +167,7 @@ def test_init_params():
         init_params(jax.random.key(0), factory, QUERY.shape)
 
 
+DROPOUT = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
 Q, K, V = jnp.zeros((B, T, 6, H)), jnp.zeros((B, S, 2, H)), jnp.zeros((B, S, 2, 13))
 
 
@@ -188,7 +189,7 @@ Q, K, V = jnp.zeros((B, T, 6, H)), jnp.zeros((B, S, 2, H)), jnp.zeros((B, S, 2, 
         ({"dropout_rate": 2}, ValueError, r"`dropout_rate` must be a probability"),
         ({"block_sizes": 128}, TypeError, r"`block_sizes` must be a pair"),
         ({"block_sizes": (0, 4)}, ValueError, r"`block_sizes` must be a positive integer"),
-        ({"block_sizes": (6, 8)}, ValueError, r"queries a block must be a multiple of 4.*\(6, 8\)"),
+        ({**DROPOUT, "block_sizes": (6, 8)}, ValueError, r"must be a multiple of 4.*\(6, 8\)"),
         ({"local_window_size": -1}, ValueError, r"`left` must be a non-negative integer"),
         ({"is_causal": None}, TypeError, r"`is_causal` must be True or False"),
         ({"implementation": "flash"}, ValueError, r"`implementation` must be one of \['reference'"),

@@ -94,6 +94,14 @@ def test_none_chooses_by_size_and_says_so():
     assert explain(*call(128), return_weights=True)["reference"].startswith("ok, and None")
 
 
+@pytest.mark.parametrize("block_sizes", [(3, 7), (5, 1), (1, 6)])
+def test_without_dropout_a_block_has_any_size(block_sizes):
+    arrays = [normal(seed, 2, 17, N, H) for seed in range(3)]
+    call = dict(is_causal=True, implementation="blockwise", block_sizes=block_sizes)
+    got = dot_product_attention(*arrays, **call)
+    assert_close(got, dot_product_attention(*arrays, is_causal=True), "float32")
+
+
 def test_the_layer_runs_blockwise_and_equals_the_reference():
     config = MultiHeadAttentionConfig(2, 8, dropout=0.2, use_gate=True, num_kv_heads=1)
     x = normal(0, 2, 150, 16)

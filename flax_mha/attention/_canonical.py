@@ -40,6 +40,7 @@ def canonical(
     if dropout_key is not None:
         _checks.prng_key("dropout_key", dropout_key)
     rate = _checks.rate("dropout_rate", dropout_rate)
+    drops = rate > 0 and dropout_key is not None
     batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
     groups = (batch, (N,), (T,), (S,))
     inputs = Inputs(
@@ -50,14 +51,14 @@ def canonical(
         bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
         distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
         sinks_N=None if sinks is None else _sinks(sinks, N),
-        dropout_key=dropout_key if rate else None,
+        dropout_key=dropout_key if drops else None,
     )
     options = Options(
         scale=1 / math.sqrt(H) if scale is None else float(scale),
         soft_cap=None if soft_cap is None else _checks.positive("soft_cap", soft_cap),
-        dropout_rate=rate if dropout_key is not None else 0.0,
+        dropout_rate=rate if drops else 0.0,
         precision=precision,
-        block_sizes=None if block_sizes is None else _checks.block_sizes(block_sizes),
+        block_sizes=None if block_sizes is None else _checks.block_sizes(block_sizes, drops),
         return_weights=_checks.boolean("return_weights", return_weights),
         return_residuals=_checks.boolean("return_residuals", return_residuals),
     )

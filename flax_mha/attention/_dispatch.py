@@ -59,7 +59,7 @@ def dot_product_attention(
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
         block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
-            The queries a block must be a multiple of 4, for dropout draws four at a time.
+            With dropout the queries must be a multiple of 4: it draws for four at a time.
         return_weights: also return the weights `[..., N, T, S]`, before dropout.
         return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
 
@@ -178,7 +178,8 @@ def _described(inputs: Inputs, options: Options) -> str:
     """A call in short: its shapes, and the options that are not at their defaults."""
     arrays = (("query", inputs.query_BTNH), ("key", inputs.key_BSKH))
     shapes = [f"{name} {list(x.shape)}" for name, x in arrays]
-    values = {field: getattr(options, field.name) for field in dataclasses.fields(options)}
+    fields = [field for field in dataclasses.fields(options) if field.name != "scale"]
+    values = {field: getattr(options, field.name) for field in fields}
     given = [f"{field.name}={x!r}" for field, x in values.items() if x != field.default]
     return ", ".join([*shapes, *given])
 
