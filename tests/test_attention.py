@@ -180,6 +180,16 @@ def test_huge_logits_stay_finite(implementation):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_queries_are_scaled_in_float32(dtype, implementation):
+    """1 / sqrt(11) is no power of two: a query scaled in its own dtype would be rounded again."""
+    query, key = normal(0, 1, 5, 2, 11).astype(dtype), normal(1, 1, 1, 2, 11).astype(dtype)
+    call = dict(implementation=implementation, return_residuals=True)
+    _, residuals = dot_product_attention(query, key, key, **call)
+    exact = np.einsum("btnh,bsnh->bnt", *(np.asarray(x).astype(np.float64) for x in (query, key)))
+    np.testing.assert_allclose(residuals.row_max_BNT, exact / np.sqrt(11), rtol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_any_number_of_batch_axes(batch, implementation):
     query, key, value = (

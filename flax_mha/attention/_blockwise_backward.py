@@ -28,6 +28,7 @@ from flax_mha.attention._blockwise_call import (
     product,
     put_keys,
     put_queries,
+    scaled_queries,
     stretch,
     tile_dropper,
     tile_logits,
@@ -131,7 +132,8 @@ def _key_block(
 
     sums = _nothing(plan, gradients)
     sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
-    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3)
+    _, of_product = plan.options.scales(blocks.query_BTNH.dtype)
+    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3) * of_product
     return Gradients(
         sums.d_query_BTNH,
         put_keys(gradients.d_key_BSKH, d_key_bksh, here),
@@ -157,7 +159,7 @@ def _tile_gradients(
     masked: bool,
 ) -> TileGradients:
     tiling, drop = plan.tiling, tile_dropper(plan, blocks, tile)
-    query_bkrh = of_queries(tiling, blocks.query_BTNH, tile) * plan.options.scale
+    query_bkrh = scaled_queries(plan, blocks, tile)
     d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
     lse_bkr, delta_bkr = (of_rows(tiling, x, tile) for x in (saved.lse_BNT, saved.delta_BNT))
 

@@ -60,6 +60,12 @@ def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
     return x_btnF.swapaxes(1, 2).reshape(b, k, G * t, F)
 
 
+def scaled_queries(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
+    """The tile's queries, times the query's part of the scale."""
+    of_query, _ = plan.options.scales(blocks.query_BTNH.dtype)
+    return of_queries(plan.tiling, blocks.query_BTNH, tile) * of_query
+
+
 def put_queries(tiling: Tiling, x_BTNF: Array, part_bkrF: Array, tile: Tile) -> Array:
     """The inverse of `of_queries`: the array with this part in place."""
     b, k, G, t, F = tiling.b, tiling.k, tiling.G, tiling.t, x_BTNF.shape[3]
@@ -116,9 +122,10 @@ class TileLogits(NamedTuple):
 def tile_logits(
     plan: Plan, blocks: Blocks, query_bkrh: Array, key_bksh: Array, tile: Tile, masked: bool
 ) -> TileLogits:
-    """cap(query . key) + bias, where allowed; the query is scaled."""
+    """cap(scale query . key) + bias, where allowed, of a query from `scaled_queries`."""
     tiling, options = plan.tiling, plan.options
-    product_bkrs = product(plan, "bkrh,bksh->bkrs", query_bkrh, key_bksh)
+    _, of_product = options.scales(query_bkrh.dtype)
+    product_bkrs = product(plan, "bkrh,bksh->bkrs", query_bkrh, key_bksh) * of_product
     logits_bkrs, slope_bkrs = soft_capped(product_bkrs, options), None
     if options.soft_cap is not None:
         slope_bkrs = 1 - (logits_bkrs / options.soft_cap) ** 2

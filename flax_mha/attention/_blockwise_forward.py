@@ -17,10 +17,10 @@ from flax_mha.attention._blockwise_call import (
     every,
     loop,
     of_keys,
-    of_queries,
     product,
     put_queries,
     put_rows,
+    scaled_queries,
     tile_dropper,
     tile_logits,
     where_needed,
@@ -62,7 +62,7 @@ def _query_block(
 ) -> Softmax:
     tiling, (b, k, i) = plan.tiling, at
     t = i * tiling.t
-    query_bkrh = of_queries(tiling, blocks.query_BTNH, Tile(b, k, t, 0)) * plan.options.scale
+    query_bkrh = scaled_queries(plan, blocks, Tile(b, k, t, 0))
 
     def step(masked: bool, j: Array, rows: Rows) -> Any:
         tile = Tile(b, k, t, j * tiling.s)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_mha._typing import Array, PRNGKey
+from flax_mha._dtypes import wide_dtype
+from flax_mha._typing import Array, DType, PRNGKey
 from flax_mha.attention._distance import DistanceBias
 from flax_mha.masks import Mask
 
@@ -36,11 +37,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The static half of one attention call; `dropout_rate` is 0 where there is no key.
-
-    The query is scaled, not the product: as in Keras, and what the maximum and the exponent see is
-    one number, where XLA would round `scale * product` for each of them.
-    """
+    """The static half of one attention call; `dropout_rate` is 0 where there is no key."""
 
     scale: float
     soft_cap: float | None = None
@@ -49,6 +46,15 @@ class Options:
     return_weights: bool = False
     return_residuals: bool = False
     block_sizes: tuple[int, int] | None = None
+
+    def scales(self, dtype: DType) -> tuple[float, float]:
+        """(factor of the query, factor of the product), whose product is `scale`.
+
+        Scaling the query makes the product final: where XLA fuses a factor into what follows, it
+        rounds once for the maximum and once for the exponent, and beyond 2^24 they differ by more
+        than 1. A 16-bit query would be rounded once more, which doubles the error of the context.
+        """
+        return (self.scale, 1.0) if dtype == wide_dtype(dtype) else (1.0, self.scale)
 
 
 class Residuals(NamedTuple):

@@ -30,13 +30,14 @@ def _logits(inputs: Inputs, options: Options) -> Array:
     """scale query . key (capped) + bias where allowed, -inf elsewhere; in float32 at least."""
     (B, T, N, _), (_, S, _, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     einsum = _einsum(inputs.query_BTNH, options)
-    rows_BKRH = _rows(inputs) * options.scale
+    of_query, of_product = options.scales(inputs.query_BTNH.dtype)
+    rows_BKRH = _rows(inputs) * of_query
     if T == 1:  # the keys first: the other way XLA's CPU would transpose a whole cache of them
         logits_BKSR = einsum("BSKH,BKRH->BKSR", inputs.key_BSKH, rows_BKRH)
         logits_BKRS = logits_BKSR.swapaxes(2, 3)
     else:
         logits_BKRS = einsum("BKRH,BSKH->BKRS", rows_BKRH, inputs.key_BSKH)
-    logits_BNTS = soft_capped(logits_BKRS.reshape(B, N, T, S), options)
+    logits_BNTS = soft_capped(logits_BKRS.reshape(B, N, T, S) * of_product, options)
     if inputs.bias_bnts is not None:
         logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
     if inputs.distance_bias is not None:
