@@ -177,11 +177,11 @@ def _samples(calls: dict, rows: dict[str, Row], settings: Settings) -> Iterator[
 
 def _extras(result: Run, settings: Settings, screen: Screen) -> None:
     """Pairs of cases in turns, fresh compilations of the first FB case, memory, the import."""
-    if "ours" in settings.contenders:
-        for pair in pairs.pairs_of(settings.cases):
-            screen.show(f"{pair.above.label} and {pair.below.label}, in turns")
-            pairs.measure(pair, settings.seconds, settings.rounds)
-            result.pairs.append(pair)
+    right = [found.case for found in result.cases if found.row("ours") is not None]
+    for pair in pairs.pairs_of(right):
+        screen.show(f"{pair.above.label} and {pair.below.label}, in turns")
+        pairs.measure(pair, settings.seconds, settings.rounds)
+        result.pairs.append(pair)
     case = next((c for c in settings.cases if c.gradient and not c.alone), None)
     if settings.compiles and case is not None:
         screen.show(f"{case.label}: {settings.compiles} compilations each")

@@ -95,24 +95,21 @@ def _compared(
 
 def _causal(run: Run) -> Iterator[Target]:
     """Of the layer and of the attention alone: the projections are the same in both cases."""
-    pairs = [p for p in run.pairs if p.above.length >= LONG and not p.below.causal]
+    pairs = [p for p in run.pairs if p.above.causal and not p.below.causal and not p.above.window]
+    pairs = [p for p in pairs if p.above.length >= LONG]
     for pair in pairs:
-        if pair.above.causal:
-            name = f"{pair.above.label}, {pair.part}: over not causal"
-            yield _in_turns(name, pair, CAUSAL)
+        yield _in_turns(f"{pair.above.label}, {pair.part}: over not causal", pair, CAUSAL)
     for gradient in (False, True):
-        if not any(p.above.causal and p.above.gradient == gradient for p in pairs):
+        if all(p.above.gradient != gradient for p in pairs):
             name = f"T={LONG} {'FB' if gradient else 'F'}: causal over not causal"
             yield Target(name, None, CAUSAL, evidence="this run lacks one of the two cases")
 
 
 def _window(run: Run) -> Iterator[Target]:
     """Twice the length with one window: twice the time."""
-    pairs = [p for p in run.pairs if p.above.window and p.above.gradient]
+    pairs = [p for p in run.pairs if p.above.length == 2 * p.below.length and p.above.gradient]
     for pair in pairs:
-        if pair.above.length != pair.below.length:
-            name = f"{pair.above.label}: over half the length"
-            yield _in_turns(name, pair, WINDOW_GROWTH)
+        yield _in_turns(f"{pair.above.label}: over half the length", pair, WINDOW_GROWTH)
     if not pairs:
         name = "window, FB: time at 2 T over time at T"
         evidence = "no two windowed FB cases with T and 2 T"

@@ -147,6 +147,8 @@ def test_targets_of_pairs_on_made_up_numbers():
             _turns("layer", *dropped, [(120, 130), (100, 100)]),
             _turns("layer", *shorter, [(900, 900), (1, 1)]),
             _turns("layer", *windows, [(20, 21), (10, 10)]),
+            _turns("layer", f"{windows[0]} causal", windows[0], [(9, 9), (9, 9)]),
+            _turns("layer", f"{long[0]} window=4", f"{long[1]} window=4", [(9, 9), (9, 9)]),
         ]
     )
     expected = {
@@ -162,6 +164,8 @@ def test_targets_of_pairs_on_made_up_numbers():
     evidence = found["1x4096x8x2 FB causal, layer: over not causal"].evidence
     assert evidence == "in turns; by minima 0.67"
     assert not any("8x256" in name for name in found)
+    assert sum(": over not causal" in name for name in found) == 2
+    assert sum("over half the length" in name for name in found) == 1
 
 
 def test_pairs_are_of_cases_that_differ_in_one_thing():
