@@ -74,6 +74,24 @@ def test_16_bits(name, dtype, implementation):
     assert_close(result, case.expected(arrays)[0], dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["long causal", "soft cap", "grouped heads", "dropout"])
+def test_16_bit_gradients(name, dtype, implementation):
+    """Those of the same numbers in float32, which the oracle's slopes vouch for."""
+    case = CASES[name]
+    arrays = case.arrays(dtype)
+    wide = {name: x.astype("float32") for name, x in arrays.items()}
+
+    def loss(arrays):
+        context = attend(arrays, case.call, implementation=implementation)
+        return (context.astype("float32") ** 2).sum()
+
+    gradients, expected = jax.jit(jax.grad(loss))(arrays), jax.jit(jax.grad(loss))(wide)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert_close(gradient, expected[name], dtype, name)
+
+
 @pytest.mark.parametrize("name", ["long causal", "all masks", "grouped heads", "dropout"])
 def test_float64(name, implementation):
     case = CASES[name]
