@@ -239,12 +239,12 @@ def test_an_encoder_is_projected_once(position):
     assert_close(output, expected, "float32")
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA of jax 0.7 copies the cache, that of 0.10 does not"
-)
 @pytest.mark.parametrize("B", [1, 3])
 def test_a_step_copies_no_cache(B):
-    """Donated, the cache is written in place: what a step needs besides is far smaller."""
+    """Donated, the cache is written in place: what a step needs besides is far smaller.
+
+    XLA of jax 0.7.2, 0.8.1 and 0.9.0 needs three arrays of its size, and may not need more.
+    """
     config = MultiHeadAttentionConfig(2, 16)
     x = normal(0, B, 1, 32)
     params = init_params(jax.random.key(1), config, x.shape)
@@ -254,4 +254,5 @@ def test_a_step_copies_no_cache(B):
         return multi_head_attention(params, x, x, config=config, cache=cache, use_causal_mask=True)
 
     compiled = jax.jit(step, donate_argnums=1).lower(x, cache).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < cache.key.nbytes / 4
+    arrays = compiled.memory_analysis().temp_size_in_bytes / cache.key.nbytes
+    assert arrays < (0.25 if jax.__version_info__ >= (0, 10) else 3.01)

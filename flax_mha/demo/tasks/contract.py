@@ -43,9 +43,9 @@ class Task(abc.ABC):
         """The linen module; its fields `attention` and `sow_attention_scores` are the layers'."""
 
     @property
-    @abc.abstractmethod
     def attention_paths(self) -> list[tuple[str, ...]]:
-        """Where in the parameters the attention layers are."""
+        """Where in the parameters the attention layers are; here, one in each block."""
+        return [(f"block_{i}", "attention") for i in range(self.settings.model.layers)]
 
     @property
     @abc.abstractmethod

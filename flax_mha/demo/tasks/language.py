@@ -62,11 +62,6 @@ class Language(Task):
         return load_split(self.settings.data)
 
     @property
-    def attention_paths(self) -> list[tuple[str, ...]]:
-        """One layer a block."""
-        return [(f"block_{i}", "attention") for i in range(self.settings.model.layers)]
-
-    @property
     def units_a_step(self) -> int:
         """Bytes that are predicted."""
         return self.settings.train.batch_size * self.settings.model.context
