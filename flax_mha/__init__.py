@@ -6,27 +6,25 @@ submodule is imported by name), or with `MultiHeadAttentionConfig`, `init_params
 `python -m flax_mha` lists everything there is.
 """
 
-from importlib.metadata import version
-
 from flax_mha.attention import IMPLEMENTATIONS as IMPLEMENTATIONS
 from flax_mha.attention import dot_product_attention as dot_product_attention
 from flax_mha.attention import explain as explain
-from flax_mha.caches import CrossCache as CrossCache
-from flax_mha.caches import KVCache as KVCache
 from flax_mha.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig
 from flax_mha.decoding import init_cache as init_cache
 from flax_mha.decoding import init_cross_cache as init_cross_cache
-from flax_mha.functional import Activations as Activations
 from flax_mha.functional import forward as forward
 from flax_mha.functional import multi_head_attention as multi_head_attention
+from flax_mha.layer import Activations as Activations
+from flax_mha.layer import CrossCache as CrossCache
+from flax_mha.layer import KVCache as KVCache
 from flax_mha.linen import MultiHeadAttention as MultiHeadAttention
-from flax_mha.losses import activity_loss as activity_loss
-from flax_mha.losses import regularization_loss as regularization_loss
 from flax_mha.masks import Mask as Mask
 from flax_mha.params import init_params as init_params
 from flax_mha.params import param_shapes as param_shapes
 from flax_mha.scores import attention_scores as attention_scores
-from flax_mha.updates import apply_constraints as apply_constraints
-from flax_mha.updates import constrain as constrain
+from flax_mha.training import activity_loss as activity_loss
+from flax_mha.training import apply_constraints as apply_constraints
+from flax_mha.training import constrain as constrain
+from flax_mha.training import regularization_loss as regularization_loss
 
-__version__ = version("flax_mha")
+__version__ = "0.1.0"  # pyproject.toml reads it here, so that a copy of the folder has it too

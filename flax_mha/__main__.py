@@ -19,14 +19,14 @@ from typing import Any
 import jax
 
 import flax_mha
-from flax_mha.attention._choice import RULE
+from flax_mha.attention.choice import RULE
 
 # A heading and the files whose names stand below it; the names are those of `__init__.py`.
 GROUPS = {
-    "The layer": ("linen", "functional", "config", "params"),
-    "Attention of arrays": ("attention", "masks", "scores"),
-    "Decoding": ("decoding", "caches"),
-    "Training": ("losses", "updates"),
+    "The layer": ("linen", "functional", "layer.equation", "config", "params"),
+    "Attention of arrays": ("attention.dispatch", "masks", "scores"),
+    "Decoding": ("decoding", "layer.caches"),
+    "Training": ("training.losses", "training.updates"),
 }
 WIDTH = 80
 NAMES = 26  # the columns of a name, before its line
@@ -79,32 +79,46 @@ def section(heading: str, entries: Mapping[str, str]) -> Iterator[str]:
 
 
 def exports() -> dict[str, list[str]]:
-    """The functions and classes that `__init__.py` takes from each file of the package."""
+    """The functions and classes of `__init__.py` by the file of the package that defines them."""
     names: dict[str, list[str]] = {}
-    for node in ast.parse(inspect.getsource(flax_mha)).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flax_mha."):
-            file = (node.module or "").removeprefix("flax_mha.")
-            public = [a.name for a in node.names if callable(getattr(flax_mha, a.name))]
-            names[file] = names.get(file, []) + public
+    for name in handed_on("flax_mha"):
+        value = getattr(flax_mha, name)
+        if callable(value):
+            names.setdefault(value.__module__.removeprefix("flax_mha."), []).append(name)
     return names
+
+
+def handed_on(module: str) -> list[str]:
+    """The names that a folder's face hands on: those that it imports as themselves."""
+    return [
+        alias.name
+        for node in ast.parse(_source(module)).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    ]
 
 
 def submodules() -> list[str]:
     """The public modules with names that `__init__.py` does not have."""
-    whole = {f"flax_mha.{file}" for file in exports() if file != "attention"}
-    listed = whole | set(commands())
-    return [name for name in _modules(flax_mha.__path__, "flax_mha.") if name not in listed]
+    modules = pkgutil.iter_modules(flax_mha.__path__, "flax_mha.")
+    found = (_rooms(module.name) if module.ispkg else _file(module.name) for module in modules)
+    return [name for names in found for name in names if name not in commands()]
 
 
-def _modules(path: Any, prefix: str) -> Iterator[str]:
-    """Modules without an underscore; of a package that only gathers others, those others."""
-    for module in pkgutil.iter_modules(path, prefix):
-        if module.name.rpartition(".")[2].startswith("_"):
-            continue
-        if module.name == "flax_mha.interop":
-            yield from _modules([f"{folder}/interop" for folder in path], "flax_mha.interop.")
-        else:
-            yield module.name
+def _rooms(folder: str) -> list[str]:
+    """A folder that hands on more than `__init__.py` does; of one that gathers modules, those."""
+    names = handed_on(folder)
+    inner = [f"{folder}.{name}" for name in names if importlib.util.find_spec(f"{folder}.{name}")]
+    if inner and len(inner) == len(names):
+        return inner
+    return [folder] if set(names) - set(handed_on("flax_mha")) else []
+
+
+def _file(module: str) -> list[str]:
+    """A file of the package's top that `__init__.py` takes nothing from."""
+    short = module.removeprefix("flax_mha.")
+    return [] if short in exports() or short.startswith("_") else [module]
 
 
 def commands() -> list[str]:
@@ -141,8 +155,12 @@ def summary_of_name(name: str) -> str:
 
 def summary(module: str) -> str:
     """The first line of a module, which is not imported for it."""
+    return first_line(ast.get_docstring(ast.parse(_source(module))))
+
+
+def _source(module: str) -> str:
     spec: Any = importlib.util.find_spec(module)
-    return first_line(ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())))
+    return pathlib.Path(spec.origin).read_text()
 
 
 def first_line(docstring: str | None) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
-from flax_mha import _checks, _identifiers, positions
-from flax_mha._typing import HeadDims
 from flax_mha.attention import IMPLEMENTATIONS
+from flax_mha.core import checks
+from flax_mha.core.typing import HeadDims
+from flax_mha.keras.identifiers import Kind, resolve, serialize
+from flax_mha.positions.identifiers import resolve_position, serialize_position
 
 # Entries of Keras's get_config() that describe the Keras object, not the attention.
 _KERAS_ONLY = ("name", "trainable")
@@ -33,12 +35,14 @@ class MultiHeadAttentionConfig:
             features. Negative ones count from the features' end: -2 is the last before them.
         sliding_window: a query attends to keys less than this many positions away, either side.
         kernel_initializer: a Keras name, a Keras config dict, an object of
-            `flax_mha.initializers`, or a JAX initializer `(key, shape, dtype)`.
+            `flax_mha.keras.initializers`, or a JAX initializer `(key, shape, dtype)`.
         bias_initializer: likewise.
-        kernel_regularizer: a Keras name, dict, an object of `flax_mha.regularizers`, or a callable.
+        kernel_regularizer: a Keras name, dict, an object of `flax_mha.keras.regularizers`, or a
+            callable.
         bias_regularizer: likewise.
         activity_regularizer: likewise, of the projected arrays and the output.
-        kernel_constraint: a Keras name, dict, an object of `flax_mha.constraints`, or a callable.
+        kernel_constraint: a Keras name, dict, an object of `flax_mha.keras.constraints`, or a
+            callable.
         bias_constraint: likewise.
         use_gate: whether the context is multiplied by sigmoid(query . gate).
         seed: where a module is given no "dropout" stream, it draws from this seed: in linen the
@@ -110,7 +114,7 @@ class MultiHeadAttentionConfig:
         if N % K:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
             remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
-            _checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
+            checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
 
     @property
     def dims(self) -> HeadDims:
@@ -125,7 +129,7 @@ class MultiHeadAttentionConfig:
         Raises:
             ValueError: an unknown field, with the closest name; otherwise as the constructor.
         """
-        _checks.known_names("A field of MultiHeadAttentionConfig", changes, field_names())
+        checks.known_names("A field of MultiHeadAttentionConfig", changes, field_names())
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +148,7 @@ class MultiHeadAttentionConfig:
         Raises:
             ValueError: an unknown field, with the valid ones; otherwise as the constructor.
         """
-        _checks.known_names("A field of MultiHeadAttentionConfig", fields, field_names())
+        checks.known_names("A field of MultiHeadAttentionConfig", fields, field_names())
         return cls(**fields)
 
     @classmethod
@@ -168,7 +172,7 @@ def field_names() -> tuple[str, ...]:
 
 
 def _size(name: str, value: Any) -> int:
-    return _checks.integer(name, value, minimum=1)
+    return checks.integer(name, value, minimum=1)
 
 
 def _optional(check: Any) -> Any:
@@ -182,12 +186,12 @@ def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(entries, str) or not hasattr(entries, "__iter__"):
         rule = f"`{name}` must be an int or a tuple of ints."
-        _checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
     return tuple(_size(name, entry) for entry in entries)
 
 
-def _identifier(kind: _identifiers.Kind) -> Any:
-    return lambda name, value: _identifiers.resolve(kind, value)
+def _identifier(kind: Kind) -> Any:
+    return lambda name, value: resolve(kind, value)
 
 
 def _precision(name: str, value: Any) -> Any:
@@ -196,21 +200,21 @@ def _precision(name: str, value: Any) -> Any:
         return jax.lax.Precision(value)
     except ValueError:
         valid = [precision.name.lower() for precision in jax.lax.Precision]
-        _checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
+        checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
 
 
 def _implementation(name: str, value: Any) -> str:
-    return _checks.one_of(name, value, IMPLEMENTATIONS)
+    return checks.one_of(name, value, IMPLEMENTATIONS)
 
 
 _FIELD_CHECKS: dict[str, Any] = {
     "num_heads": _size,
     "key_dim": _size,
     "value_dim": _optional(_size),
-    "dropout": _checks.rate,
-    "use_bias": _checks.boolean,
+    "dropout": checks.rate,
+    "use_bias": checks.boolean,
     "output_shape": _output_shape,
-    "attention_axes": _optional(_checks.axes),
+    "attention_axes": _optional(checks.axes),
     "sliding_window": _optional(_size),
     "kernel_initializer": _identifier("initializer"),
     "bias_initializer": _identifier("initializer"),
@@ -219,15 +223,15 @@ _FIELD_CHECKS: dict[str, Any] = {
     "activity_regularizer": _identifier("regularizer"),
     "kernel_constraint": _identifier("constraint"),
     "bias_constraint": _identifier("constraint"),
-    "use_gate": _checks.boolean,
-    "seed": _optional(_checks.integer),
+    "use_gate": checks.boolean,
+    "seed": _optional(checks.integer),
     "num_kv_heads": _optional(_size),
-    "position": positions.resolve,
-    "qk_norm": _optional(lambda name, value: _checks.one_of(name, value, ("rms", "l2"))),
-    "soft_cap": _optional(_checks.positive),
-    "use_sinks": _checks.boolean,
-    "dtype": _optional(_checks.floating_dtype),
-    "param_dtype": _checks.floating_dtype,
+    "position": resolve_position,
+    "qk_norm": _optional(lambda name, value: checks.one_of(name, value, ("rms", "l2"))),
+    "soft_cap": _optional(checks.positive),
+    "use_sinks": checks.boolean,
+    "dtype": _optional(checks.floating_dtype),
+    "param_dtype": checks.floating_dtype,
     "precision": _optional(_precision),
     "implementation": _optional(_implementation),
 }
@@ -235,9 +239,9 @@ _FIELD_CHECKS: dict[str, Any] = {
 
 def _plain(name: str, value: Any) -> Any:
     if name.endswith(("initializer", "regularizer", "constraint")):
-        return _identifiers.serialize(value)
+        return serialize(value)
     if name == "position":
-        return positions.serialize(value)
+        return serialize_position(value)
     if isinstance(value, jax.lax.Precision):
         return value.name.lower()
     return list(value) if isinstance(value, tuple) else value
@@ -246,7 +250,7 @@ def _plain(name: str, value: Any) -> Any:
 def _policy_name(policy: Any) -> str | None:
     """Keras writes a policy as a name, or as {"class_name": "DTypePolicy", "config": {"name"}}."""
     if isinstance(policy, Mapping):
-        _checks.one_of("dtype policy", policy.get("class_name"), ["DTypePolicy"])
+        checks.one_of("dtype policy", policy.get("class_name"), ["DTypePolicy"])
         return policy["config"]["name"]
     return policy
 

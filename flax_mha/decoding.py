@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks
-from flax_mha._call import Restrictions, prepare
-from flax_mha._heads import key_heads, value_heads
-from flax_mha._typing import Array, ParamsLike
-from flax_mha.caches import CrossCache, KVCache
 from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core import checks
+from flax_mha.core.typing import Array, ParamsLike
+from flax_mha.layer import CrossCache, KVCache
+from flax_mha.layer.arguments import Restrictions
+from flax_mha.layer.call import prepare
+from flax_mha.layer.heads import key_heads, value_heads
 
 
 def init_cache(
@@ -56,15 +57,15 @@ def init_cache(
         >>> step.shape, cache.length.tolist()
         ((3, 1, 64), [6, 6, 6])
     """
-    _checks.instance("config", config, MultiHeadAttentionConfig)
-    slots = _checks.integer("capacity", capacity, minimum=1)
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    slots = checks.integer("capacity", capacity, minimum=1)
     window = config.sliding_window
     is_ring = window is not None and window <= slots
     slots = window if window is not None and is_ring else slots
     batch = (batch_shape,) if hasattr(batch_shape, "__index__") else tuple(batch_shape)
-    batch = tuple(_checks.integer("batch_shape", size, minimum=0) for size in batch)
-    name = _checks.floating_dtype("dtype", dtype or config.dtype or "float32")
-    _checks.x64_enabled("dtype", name)
+    batch = tuple(checks.integer("batch_shape", size, minimum=0) for size in batch)
+    name = checks.floating_dtype("dtype", dtype or config.dtype or "float32")
+    checks.x64_enabled("dtype", name)
     _, K, H, V = config.dims
     return KVCache(
         jnp.zeros((*batch, K, slots, H), name),
@@ -109,9 +110,9 @@ def init_cross_cache(
         >>> flax_mha.multi_head_attention(params, query, None, config=config, cache=cache)[0].shape
         (3, 1, 64)
     """
-    _checks.instance("config", config, MultiHeadAttentionConfig)
-    _checks.floating_array("value", value, "[B, S, M]")
-    mask = None if value_mask is None else _checks.boolean_mask("value_mask", value_mask)
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    checks.floating_array("value", value, "[B, S, M]")
+    mask = None if value_mask is None else checks.boolean_mask("value_mask", value_mask)
     return _project_source(params, value, value if key is None else key, mask, config=config)
 
 

@@ -5,13 +5,18 @@ query, key, value -> projections -> attention -> (gate) -> output projection
 
 from typing import Any
 
-from flax_mha import _checks
-from flax_mha._cached_call import check_cached_call
-from flax_mha._call import Arrays, Restrictions
-from flax_mha._layer import Activations, Flags, layer
-from flax_mha._typing import Array, ParamsLike, PRNGKey
-from flax_mha.caches import CrossCache, KVCache
 from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core import checks
+from flax_mha.core.typing import Array, ParamsLike, PRNGKey
+from flax_mha.layer import Activations, CrossCache, KVCache
+from flax_mha.layer.arguments import (
+    Arrays,
+    Restrictions,
+    check_arrays,
+    checked_restrictions,
+)
+from flax_mha.layer.cached_call import check_cached_call
+from flax_mha.layer.equation import Flags, layer
 
 
 def multi_head_attention(
@@ -155,9 +160,7 @@ def forward(
 def _known_restrictions(given: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(given) - set(Restrictions._fields)):
         rule = f"Masks and positions are given as {', '.join(Restrictions._fields)}."
-        _checks.fail(
-            TypeError, rule, f"the argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
-        )
+        checks.fail(TypeError, rule, f"the argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
     return given
 
 
@@ -174,38 +177,9 @@ def _run(
     check_arrays(arrays[:1] if isinstance(cache, CrossCache) else arrays)
     restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:
-        _checks.prng_key("dropout_key", dropout_key)
+        checks.prng_key("dropout_key", dropout_key)
     for name, flag in flags._asdict().items():
-        _checks.boolean(name, flag)
+        checks.boolean(name, flag)
     if cache is not None:
         check_cached_call(cache, arrays, restrictions, config, flags.use_causal_mask)
     return layer(params, arrays, restrictions, dropout_key, cache, config=config, flags=flags)
-
-
-def check_arrays(arrays: Any) -> None:
-    """query, value and key, or the query alone, are floating."""
-    letters = ("[..., T, D]", "[..., S, M]", "[..., S, C]")
-    for name, array, axes in zip(("query", "value", "key"), arrays, letters):
-        _checks.floating_array(name, array, axes)
-
-
-def checked_restrictions(
-    config: MultiHeadAttentionConfig, restrictions: Restrictions
-) -> Restrictions:
-    """Checks the types of what every call takes; the masks come back as booleans."""
-    if not isinstance(config, MultiHeadAttentionConfig):
-        rule = "`config` must be a MultiHeadAttentionConfig."
-        _checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
-    _checks.x64_enabled("dtype", config.dtype)
-    return _booleans(restrictions)
-
-
-def _booleans(restrictions: Restrictions) -> Restrictions:
-    masks = {
-        name: _checks.boolean_mask(name, mask)
-        for name, mask in restrictions._asdict().items()
-        if name.endswith("mask") and mask is not None
-    }
-    if restrictions.bias is not None:
-        _checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
-    return restrictions._replace(**masks)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_mha import _checks
-from flax_mha._typing import Array, ParamsLike, PRNGKey
-from flax_mha.caches import CrossCache, KVCache
 from flax_mha.config import MultiHeadAttentionConfig, field_names
+from flax_mha.core import checks
+from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
-from flax_mha.losses import activity_loss, regularization_loss
+from flax_mha.layer import CrossCache, KVCache
 from flax_mha.params import init_projection, param_shapes
+from flax_mha.training import activity_loss, regularization_loss
 
 
 class MultiHeadAttention(nn.Module):
@@ -106,7 +106,7 @@ class MultiHeadAttention(nn.Module):
             config=config,
             use_causal_mask=use_causal_mask,
             return_attention_scores=return_attention_scores or sow_scores,
-            dropout_key=self._dropout_key(_checks.boolean("training", training)),
+            dropout_key=self._dropout_key(checks.boolean("training", training)),
             query_mask=query_mask,
             value_mask=value_mask,
             key_mask=key_mask,
@@ -125,7 +125,7 @@ class MultiHeadAttention(nn.Module):
         if arrays[1] is None:  # a cross cache holds what came of value and key
             return self.variables.get("params", {})
         for name, array in zip(("query", "value", "key"), arrays):
-            _checks.floating_array(name, array, "[..., length, features]")
+            checks.floating_array(name, array, "[..., length, features]")
         shapes: ParamsLike = param_shapes(config, *(array.shape for array in arrays))
         return {n: self.param(n, init_projection, n, shapes[n], config) for n in shapes}
 
@@ -136,7 +136,7 @@ class MultiHeadAttention(nn.Module):
             return self.make_rng("dropout")
         if self.seed is not None:
             return jax.random.key(self.seed)
-        _checks.no_dropout_stream(self.dropout, "rngs={'dropout': jax.random.key(0)}` to `apply")
+        checks.no_dropout_stream(self.dropout, "rngs={'dropout': jax.random.key(0)}` to `apply")
 
     def _sow_losses(self, params: Any, activations: Any, config: MultiHeadAttentionConfig) -> None:
         """Scalars in the "losses" collection; parameters shared by two calls count once."""

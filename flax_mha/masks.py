@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks
-from flax_mha._typing import Array
+from flax_mha.core import checks
+from flax_mha.core.typing import Array
 
 Band = tuple[int | None, int | None]
 
@@ -102,7 +102,7 @@ class Mask:
         """
         for name, bound in (("left", left), ("right", right)):
             if bound is not None:
-                _checks.integer(name, bound, minimum=0)
+                checks.integer(name, bound, minimum=0)
         return cls(band=(left, right))
 
     @classmethod
@@ -164,10 +164,10 @@ class Mask:
             >>> Mask.dense(jnp.eye(3, dtype=bool)).dense_masks[0].shape
             (1, 1, 3, 3)
         """
-        array = _checks.boolean_mask("dense", array)
+        array = checks.boolean_mask("dense", array)
         if array.ndim > 4:
             rule = "A dense mask must broadcast to [B, N, T, S]."
-            _checks.fail(ValueError, rule, f"shape {array.shape}")
+            checks.fail(ValueError, rule, f"shape {array.shape}")
         return cls(dense_masks=(jax.lax.broadcast_to_rank(array, 4),))
 
     def __and__(self, other: Mask) -> Mask:
@@ -239,28 +239,28 @@ class Mask:
         ):
             if array is not None:
                 # T and S of 1 would broadcast: one length of padding for all is never meant.
-                _checks.broadcastable(name, array.shape[:1], full[:1], letters)
+                checks.broadcastable(name, array.shape[:1], full[:1], letters)
                 if array.shape[1] != full[1]:
                     rule = f"`{name}` must be {letters} = {full}."
-                    _checks.fail(ValueError, rule, f"shape {array.shape}")
+                    checks.fail(ValueError, rule, f"shape {array.shape}")
         for array in self.dense_masks:
             swapped = array.shape[-2:] == (S, T) and S != T
             remedy = "Did you swap T and S?" if swapped else ""
-            _checks.broadcastable("mask", array.shape, (B, N, T, S), "[B, N, T, S]", remedy)
+            checks.broadcastable("mask", array.shape, (B, N, T, S), "[B, N, T, S]", remedy)
 
 
 def _padding(name: str, array: Any) -> Array | None:
-    return None if array is None else _rank_two(name, _checks.boolean_mask(name, array))
+    return None if array is None else _rank_two(name, checks.boolean_mask(name, array))
 
 
 def _ids(name: str, array: Any) -> Array:
-    return _rank_two(name, _checks.integer_ids(name, array).astype("int32"))
+    return _rank_two(name, checks.integer_ids(name, array).astype("int32"))
 
 
 def _rank_two(name: str, array: Array) -> Array:
     if len(array.shape) not in (1, 2):
         rule = f"`{name}` must have the axes [B, length] or [length]."
-        _checks.fail(ValueError, rule, f"shape {tuple(array.shape)}")
+        checks.fail(ValueError, rule, f"shape {tuple(array.shape)}")
     return jax.lax.broadcast_to_rank(array, 2)
 
 
@@ -274,7 +274,7 @@ def _common_offset(a: Mask, b: Mask) -> Array | None:
     offsets = [mask.query_offset for mask in banded]
     if len(offsets) == 2 and offsets[0] is not offsets[1]:
         rule = "Two banded masks can be combined only with the same `query_offset`."
-        _checks.fail(ValueError, rule, f"{offsets[0]} and {offsets[1]}")
+        checks.fail(ValueError, rule, f"{offsets[0]} and {offsets[1]}")
     return offsets[0] if offsets else None
 
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_mha import _checks
-from flax_mha._typing import Array, Params, ParamsLike, PRNGKey
-from flax_mha.caches import CrossCache, KVCache
 from flax_mha.config import MultiHeadAttentionConfig, field_names
-from flax_mha.functional import Activations, forward, results
-from flax_mha.losses import regularization_loss
+from flax_mha.core import checks
+from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey
+from flax_mha.functional import forward, results
+from flax_mha.layer import Activations, CrossCache, KVCache
 from flax_mha.params import LETTERS, check_params, init_params
+from flax_mha.training import regularization_loss
 
 
 def _config_arguments(init: Any) -> Any:
@@ -92,7 +92,7 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
         **fields: Any,
     ):
-        _checks.known_names("A field of MultiHeadAttention", fields, field_names())
+        checks.known_names("A field of MultiHeadAttention", fields, field_names())
         self.config = MultiHeadAttentionConfig(*args, **fields)
         self.deterministic = True
         init_key = _stream("params", rngs)()
@@ -207,7 +207,7 @@ class MultiHeadAttention(nnx.Module):
             **call: any further argument of a call, by name.
         """
         training = not self.deterministic if training is None else training
-        training = _checks.boolean("training", training)
+        training = checks.boolean("training", training)
         return forward(
             cast(ParamsLike, self.params),
             query,
@@ -242,7 +242,7 @@ class MultiHeadAttention(nnx.Module):
                 "Pass `rngs=nnx.Rngs(dropout=0)` at construction or in the call, or set `seed`."
             )
             evidence = f"dropout={self.config.dropout}, no `rngs`"
-            _checks.fail(ValueError, rule, evidence, remedy)
+            checks.fail(ValueError, rule, evidence, remedy)
         if isinstance(rngs, jax.Array):
             return rngs
         return rngs() if isinstance(rngs, nnx.RngStream) else _stream("dropout", rngs)()
@@ -252,7 +252,7 @@ def _sizes(D: int, M: int | None, C: int | None) -> list[tuple[int]]:
     """The features of query, value and key as shapes; those not given follow as in a call."""
     M = D if M is None else M
     features = {"query_features": D, "value_features": M, "key_features": M if C is None else C}
-    return [(_checks.integer(name, size, minimum=1),) for name, size in features.items()]
+    return [(checks.integer(name, size, minimum=1),) for name, size in features.items()]
 
 
 def _features(params: Any) -> dict[str, int]:
@@ -268,14 +268,14 @@ def _stream(name: str, rngs: Any) -> nnx.RngStream:
     streams = _streams(rngs)
     if not {name, "default"} & streams:
         rule = f"`rngs` must have the stream {name!r} or a default one."
-        _checks.fail(ValueError, rule, f"the streams {sorted(streams)}", "Pass `rngs=nnx.Rngs(0)`.")
+        checks.fail(ValueError, rule, f"the streams {sorted(streams)}", "Pass `rngs=nnx.Rngs(0)`.")
     return rngs[name]
 
 
 def _streams(rngs: Any) -> set[str]:
     if not isinstance(rngs, nnx.Rngs):
         evidence = f"rngs of type {type(rngs).__name__}"
-        _checks.fail(TypeError, "`rngs` must be an nnx.Rngs.", evidence, "Pass `rngs=nnx.Rngs(0)`.")
+        checks.fail(TypeError, "`rngs` must be an nnx.Rngs.", evidence, "Pass `rngs=nnx.Rngs(0)`.")
     return set(rngs)
 
 

@@ -8,10 +8,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks, _tree_checks
-from flax_mha._typing import Array, Params, ParamsLike, PRNGKey, Shape
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.initializers import Initializer
+from flax_mha.core import checks, tree_checks
+from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey, Shape
+from flax_mha.keras.initializers import Initializer
 from flax_mha.positions import RelativeBias
 
 # How many leading axes of a kernel are summed over; the others are the outputs.
@@ -62,7 +62,7 @@ def param_shapes(
     value_shape = query_shape if value_shape is None else value_shape
     key_shape = value_shape if key_shape is None else key_shape
     shapes = {"query_shape": query_shape, "key_shape": key_shape, "value_shape": value_shape}
-    D, C, M = (_tree_checks.features(name, shape) for name, shape in shapes.items())
+    D, C, M = (tree_checks.features(name, shape) for name, shape in shapes.items())
     N, K, H, V = config.dims
     kernels = {"query": (D, N, H), "key": (C, K, H), "value": (M, K, V)}
     if config.use_gate:
@@ -125,7 +125,7 @@ def init_params(
         >>> params["attention_output"]["kernel"].shape
         (2, 16, 32)
     """
-    _checks.prng_key("init_key", init_key)
+    checks.prng_key("init_key", init_key)
     shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
     params = {name: init_projection(init_key, name, shapes[name], config) for name in shapes}
     return cast(Params, params)
@@ -135,7 +135,7 @@ def init_projection(
     init_key: PRNGKey, name: str, shapes: Any, config: MultiHeadAttentionConfig
 ) -> dict[str, Array]:
     """Initial values of one projection: `{"kernel": ..., "bias": ...}` of the given shapes."""
-    _checks.x64_enabled("param_dtype", config.param_dtype)
+    checks.x64_enabled("param_dtype", config.param_dtype)
     initializers = {"kernel": config.kernel_initializer, "bias": config.bias_initializer}
     name_key = jax.random.fold_in(init_key, list(LETTERS).index(name))
     leaf_keys = dict(zip(("kernel", "bias"), jax.random.split(name_key)))
@@ -159,11 +159,11 @@ def _draw(initializer: Callable[..., Array], key: PRNGKey, struct: Any, fans: An
     if isinstance(initializer, Initializer):
         return initializer(key, struct.shape, struct.dtype, fans=fans)
     values = initializer(key, struct.shape, struct.dtype)
-    _tree_checks.initial_values(values, struct)
+    tree_checks.initial_values(values, struct)
     return values
 
 
 def check_params(params: Any, config: MultiHeadAttentionConfig, *shapes: Shape) -> None:
     """Refuses parameters that do not fit the config and the inputs' shapes, by name and letters."""
     expected = cast(Mapping[str, Any], param_shapes(config, *shapes))
-    _tree_checks.params_tree(params, expected, LETTERS)
+    tree_checks.params_tree(params, expected, LETTERS)

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks
-from flax_mha._call import Restrictions, prepare
-from flax_mha._folding import Folding
-from flax_mha._heads import key_heads, query_heads
-from flax_mha._placement import distance_bias
-from flax_mha._typing import Array, ParamsLike
 from flax_mha.attention import dot_product_attention
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.functional import check_arrays, checked_restrictions
+from flax_mha.core import checks
+from flax_mha.core.folding import Folding
+from flax_mha.core.typing import Array, ParamsLike
+from flax_mha.layer.arguments import Restrictions, check_arrays, checked_restrictions
+from flax_mha.layer.call import prepare
+from flax_mha.layer.heads import key_heads, query_heads
+from flax_mha.layer.placement import distance_bias
 
 
 def attention_scores(
@@ -63,9 +63,9 @@ def attention_scores(
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
     checked = checked_restrictions(config, Restrictions(**restrictions))
-    _checks.boolean("use_causal_mask", use_causal_mask)
-    rows = _checks.positions("query_rows", query_rows)
-    _checks.rows_within("query_rows", rows, _length(query, config))
+    checks.boolean("use_causal_mask", use_causal_mask)
+    rows = checks.positions("query_rows", query_rows)
+    checks.rows_within("query_rows", rows, _length(query, config))
     return _scores(params, arrays, checked, rows, config=config, use_causal_mask=use_causal_mask)
 
 

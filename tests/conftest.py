@@ -17,7 +17,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+TESTS = pathlib.Path(__file__).parent
+CACHE = TESTS.parent / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -25,27 +26,27 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # In these files, of a function with 6 cases or more one in so many runs by default; the others are
 # slow.
 THINNED = {
-    "test_attention.py": 6,
-    "test_constraints.py": 5,
+    "attention/test_attention.py": 6,
+    "keras/test_constraints.py": 5,
     "test_decoding.py": 3,
-    "test_dropout.py": 4,
-    "test_flax_attention_fn.py": 3,
-    "test_initializers.py": 5,
-    "test_jax_nn.py": 3,
-    "test_keras.py": 3,
-    "test_keras_parity.py": 8,
-    "test_layer_dropout.py": 3,
+    "attention/test_dropout.py": 4,
+    "interop/flax/test_attention_fn.py": 3,
+    "keras/test_initializers.py": 5,
+    "interop/test_jax_nn.py": 3,
+    "interop/keras/test_weights.py": 3,
+    "layer/test_keras_parity.py": 8,
+    "layer/test_dropout.py": 3,
     "test_linen.py": 4,
     "test_masks_garbage.py": 5,
     "test_masks_semantics.py": 4,
     "test_nnx.py": 3,
-    "test_oracle.py": 8,
+    "layer/test_oracle.py": 8,
     "test_params.py": 3,
-    "test_regularizers.py": 5,
-    "test_tiles.py": 4,
-    "test_torch.py": 3,
-    "test_transformations.py": 4,
-    "test_updates.py": 4,
+    "keras/test_regularizers.py": 5,
+    "attention/test_tiles.py": 4,
+    "interop/torch/test_weights.py": 3,
+    "layer/test_transformations.py": 4,
+    "training/test_updates.py": 4,
 }
 
 
@@ -54,8 +55,9 @@ def pytest_collection_modifyitems(items):
     tables = {}
     for item in items:
         is_case = hasattr(item, "callspec") and item.get_closest_marker("slow") is None
-        if item.path.name in THINNED and is_case:
-            tables.setdefault((item.path.name, item.originalname), []).append(item)
+        file = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        if file in THINNED and is_case:
+            tables.setdefault((file, item.originalname), []).append(item)
     for (file, _), cases in tables.items():
         for i, item in enumerate(cases if len(cases) >= 6 else []):
             if i % THINNED[file]:

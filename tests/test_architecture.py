@@ -5,6 +5,7 @@ can show that the rule bites.
 """
 
 import ast
+import functools
 import pathlib
 import re
 import statistics
@@ -16,65 +17,31 @@ SOURCES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path.read_text()
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-# From the ground up; a module may import from lower lines only.
-LAYERS = [
-    ["_typing"],
-    ["_checks", "_dtypes", "_platform", "_threefry"],
-    ["_frozen", "_tree_checks", "_projection"],
-    ["_distributions"],
-    ["initializers", "regularizers", "constraints", "masks", "_dropout", "_folding"],
-    ["_identifiers", "attention._distance"],
-    ["attention._contract"],
-    ["attention._canonical", "attention._quarantine", "attention._choice"],
-    ["attention._tiles", "attention._merge"],
-    ["attention._blockwise_call", "attention._sinks", "attention._tile_sizes"],
-    ["attention._blockwise_forward"],
-    ["attention._blockwise_backward"],
-    ["attention.reference", "attention.blockwise"],
-    ["attention._canonical"],
-    ["attention._dispatch"],
-    ["attention.__init__"],
-    ["rotary"],
-    ["positions"],
+# The rooms, folders and files of the package's top, from the ground up: a room may import from
+# lower floors only. Inside a room no file may, over any way, import itself.
+FLOORS = [
+    ["core"],
+    ["masks", "positions", "keras"],
+    ["attention", "plots"],
     ["config"],
-    ["params", "_placement", "caches"],
-    ["_call"],
-    ["_heads", "_cached_call"],
-    ["_layer", "decoding"],
+    ["params"],
+    ["layer", "interop"],
+    ["decoding", "scores", "training"],
     ["functional"],
-    ["losses", "updates", "scores"],
-    ["interop._layout"],
-    ["interop._torch_arrays", "interop._torch_models", "interop._safetensors"],
-    ["interop._torch_layouts", "interop._torch_masks"],
-    ["interop.torch"],
-    ["interop._keras_arrays", "interop._keras_config", "interop._keras_file"],
-    ["interop._keras_tree"],
-    ["interop._keras_layers"],
-    ["interop._keras_save"],
-    ["interop.keras"],
-    ["_plot_labels"],
-    ["_plot_checks", "_plot_figure"],
-    ["_plot_bands"],
-    ["linen", "nnx", "plots"],
-    ["interop.equinox"],
-    ["interop._flax_attention", "interop._flax_weights"],
-    ["interop._flax_modules"],
-    ["interop.__init__", "interop.flax", "interop.jax_nn"],
+    ["linen", "nnx"],
     ["__init__"],
-    ["__main__"],
+    ["__main__", "bench", "demo"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT = {
     "flax": ("linen", "nnx", "interop.flax", "demo", "bench"),
-    "optax": ("updates", "demo"),
+    "optax": ("training", "demo"),
 }
 OPTIONAL = {"matplotlib", "keras", "h5py", "torch", "safetensors", "equinox", "haiku"}
-ON_TOP = ("demo.", "bench.")
 
 
-def level(module: str) -> float:
-    """Demo and bench stand on top of everything; their own files may import each other."""
-    return float("inf") if module.startswith(ON_TOP) else LEVEL[module]
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
 def imported(source: str) -> list[tuple[str, bool]]:
@@ -99,16 +66,41 @@ def own_module(name: str) -> str:
     return next(module for module in candidates if module in SOURCES)
 
 
-def layer_violations(module: str, source: str) -> list[str]:
-    found = []
-    for name, _ in imported(source):
-        if name.startswith("."):
-            found.append(f"{module}: relative import {name}")
-        elif name.split(".")[0] == "flax_mha":
-            target = own_module(name)
-            if not (level(target) < level(module) or level(module) == float("inf")):
-                found.append(f"{module} imports {target}, which is not below it")
+def own_imports(source: str) -> set[str]:
+    names = [name for name, _ in imported(source)]
+    return {own_module(name) for name in names if name.split(".")[0] == "flax_mha"}
+
+
+@functools.cache
+def reached(module: str) -> frozenset[str]:
+    """The files of a room that one of them imports, over any way, itself included."""
+    found, pending = {module}, [module]
+    while pending:
+        inside = {x for x in own_imports(SOURCES[pending.pop()]) if room(x) == room(module)}
+        pending += inside - found
+        found |= inside
+    return frozenset(found)
+
+
+def floor_violations(module: str, source: str) -> list[str]:
+    found = [f"{module}: relative import {x}" for x, _ in imported(source) if x.startswith(".")]
+    for target in sorted(own_imports(source)):
+        if room(target) != room(module) and FLOOR[room(target)] >= FLOOR[room(module)]:
+            found.append(f"{module} imports {target}, which is not below it")
+        if room(target) == room(module) and module in reached(target):
+            found.append(f"{module} imports {target}, which imports it")
     return found
+
+
+def face_violations(module: str, source: str) -> list[str]:
+    """What a folder's `__init__` holds besides its docstring and names that it hands on."""
+    body = ast.parse(source).body if module.endswith(".__init__") else []
+    return [
+        f"{module}:{node.lineno}: {ast.unparse(node)}"
+        for node in body
+        if not isinstance(node, ast.Expr)
+        and not (isinstance(node, ast.ImportFrom) and all(x.name == x.asname for x in node.names))
+    ]
 
 
 def package_violations(module: str, source: str) -> list[str]:
@@ -158,7 +150,7 @@ def equation_of(node: ast.AST) -> str | None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_point_downward(module):
-    assert layer_violations(module, SOURCES[module]) == []
+    assert floor_violations(module, SOURCES[module]) == []
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -171,9 +163,21 @@ def test_einsum_strings_spell_the_suffixes(module):
     assert einsum_violations(module, SOURCES[module]) == []
 
 
+@pytest.mark.parametrize("module", [module for module in SOURCES if module.endswith("__init__")])
+def test_a_face_hands_on_and_defines_nothing(module):
+    if module != "__init__" and room(module) not in ("bench", "demo"):
+        assert face_violations(module, SOURCES[module]) == []
+
+
 def test_every_module_has_a_layer_and_every_layer_a_module():
-    named = {name for name in SOURCES if not name.startswith(ON_TOP)}
-    assert named == set(LEVEL)
+    assert {room(module) for module in SOURCES} == set(FLOOR)
+
+
+def test_one_look_shows_the_house():
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 24
+    hidden = [module for module in SOURCES if re.search(r"(^|\.)_(?!_init__|_main__)", module)]
+    assert hidden == []  # the folder is the wall
 
 
 def test_equations_are_found_where_they_are():
@@ -185,20 +189,25 @@ def test_equations_are_found_where_they_are():
         if equation_of(node)
     ]
     assert found.count("attention.reference") == counts["attention.reference"] == 3
-    assert (found.count("_heads"), found.count("_layer")) == (3, 2)
+    assert (found.count("layer.heads"), found.count("layer.equation")) == (3, 2)
 
 
 @pytest.mark.parametrize(
     ("rule", "module", "planted"),
     [
-        (layer_violations, "masks", "from flax_mha import config"),
-        (layer_violations, "masks", "from flax_mha.config import MultiHeadAttentionConfig"),
-        (layer_violations, "attention.reference", "import flax_mha.params"),
-        (layer_violations, "masks", "def f():\n    from flax_mha import linen"),
-        (layer_violations, "masks", "from . import config"),
-        (layer_violations, "config", "from flax_mha import MultiHeadAttention"),
+        (floor_violations, "masks", "from flax_mha import config"),
+        (floor_violations, "masks", "from flax_mha.config import MultiHeadAttentionConfig"),
+        (floor_violations, "attention.reference", "import flax_mha.params"),
+        (floor_violations, "masks", "def f():\n    from flax_mha import linen"),
+        (floor_violations, "masks", "from . import config"),
+        (floor_violations, "config", "from flax_mha import MultiHeadAttention"),
         (package_violations, "functional", "from flax import linen"),
-        (package_violations, "losses", "import optax"),
+        (floor_violations, "attention.contract", "from flax_mha.attention import explain"),
+        (floor_violations, "layer.heads", "from flax_mha.layer.equation import layer"),
+        (floor_violations, "training.losses", "from flax_mha.functional import forward"),
+        (face_violations, "layer.__init__", "def helper(): ..."),
+        (face_violations, "positions.__init__", "from flax_mha.core import checks"),
+        (package_violations, "scores", "import optax"),
         (package_violations, "bench.peers.haiku", "import haiku"),
         (package_violations, "demo.plots", "import matplotlib.pyplot as plt"),
         (einsum_violations, "x", "y_BTNH = jnp.einsum('BTD,DNH->BTHN', x_BTD, w_DNH)"),

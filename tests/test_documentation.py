@@ -37,9 +37,9 @@ MORE = {
     "attention.DistanceBias": ("Memory",),
     "positions.Alibi": ("equation", "Reference"),
     "positions.RelativeBias": ("equation", "Reference"),
-    "rotary.Rotary": ("equation", "Reference"),
-    "rotary.Llama3Scaling": ("Reference",),
-    "rotary.YarnScaling": ("Reference",),
+    "positions.Rotary": ("equation", "Reference"),
+    "positions.Llama3Scaling": ("Reference",),
+    "positions.YarnScaling": ("Reference",),
     "interop.jax_nn.dot_product_attention": ("equation", "Memory", "Differs from"),
     "interop.flax.attention_fn": ("equation", "Memory", "Differs from"),
     "interop.torch.load_safetensors": ("Memory",),
@@ -59,9 +59,9 @@ def lacks(doc, what):
 
 def test_the_names_are_found():
     expected = {"MultiHeadAttention", "Mask.causal", "KVCache.reorder", "nnx.MultiHeadAttention"}
-    expected |= {"rotary.Rotary", "interop.keras.from_keras_layer", "attention.merge"}
+    expected |= {"positions.Rotary", "interop.keras.from_keras_layer", "attention.merge"}
     assert expected | set(MORE) <= set(DOCS)
-    exported = {n for n, x in vars(flax_mha).items() if callable(x) and n != "version"}
+    exported = {n for n, x in vars(flax_mha).items() if callable(x)}
     assert exported <= set(DOCS)
 
 

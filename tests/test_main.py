@@ -8,7 +8,7 @@ import pytest
 
 import flax_mha
 from flax_mha import __main__ as overview
-from flax_mha.attention._choice import RULE
+from flax_mha.attention.choice import RULE
 
 PUBLIC = {
     name
@@ -39,7 +39,12 @@ def test_it_prints_everything_without_any_extra():
     lines = result.stdout.splitlines()
     assert [line for line in lines if len(line) > 80] == []
     named = {line.split()[0] for line in lines if line.startswith("  ") and line.split()}
-    modules = {"flax_mha.nnx", "flax_mha.rotary", "flax_mha.attention", "flax_mha.interop.keras"}
+    modules = {
+        "flax_mha.nnx",
+        "flax_mha.positions",
+        "flax_mha.attention",
+        "flax_mha.interop.keras",
+    }
     assert PUBLIC | modules | {"reference", "blockwise", "None"} <= named
     flat = " ".join(result.stdout.split())
     assert f"flax_mha {flax_mha.__version__}: Keras's MultiHeadAttention" in flat

@@ -30,7 +30,7 @@ from helpers import (
 
 import flax_mha
 from flax_mha import MultiHeadAttentionConfig, init_params, multi_head_attention, param_shapes
-from flax_mha.initializers import Constant
+from flax_mha.keras.initializers import Constant
 from flax_mha.nnx import MultiHeadAttention
 
 QUERY, VALUE, KEY = normal(1, B, T, D), normal(2, B, S, M), normal(3, B, S, C)

@@ -39,11 +39,11 @@ def test_a_fresh_kernel_puts_out_what_is_stored(name):
 # --- the rules bite -----------------------------------------------------------------------------
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-COLAB = "https://colab.research.google.com/github/flax-mha/flax_mha/blob/main/notebooks"
-INSTALL = """import sys
+COLAB = f"{rules.COLAB}/blob/main/notebooks"
+INSTALL = f"""import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "flax_mha[keras] @ git+https://github.com/flax-mha/flax_mha"
+    %pip install -q "flax_mha[keras] @ git+{rules.SOURCE}"
 """
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _dropout
-from flax_mha._dtypes import wide_dtype
-from flax_mha._typing import Array
-from flax_mha.attention._contract import Inputs, Options, Output, Residuals, soft_capped
+from flax_mha.attention import dropout
+from flax_mha.attention.contract import Inputs, Options, Output, Residuals, soft_capped
+from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.typing import Array
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -74,8 +74,8 @@ def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
     if options.dropout_rate == 0.0:
         return weights_BNTS
     assert inputs.dropout_key is not None
-    keep_BNTS = _dropout.keep_mask(inputs.dropout_key, options.dropout_rate, weights_BNTS.shape)
-    return _dropout.drop(weights_BNTS, keep_BNTS, options.dropout_rate)
+    keep_BNTS = dropout.keep_mask(inputs.dropout_key, options.dropout_rate, weights_BNTS.shape)
+    return dropout.drop(weights_BNTS, keep_BNTS, options.dropout_rate)
 
 
 def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from flax_mha import _checks
+from flax_mha.core import checks
 
 
 class BenchError(Exception):
@@ -110,7 +110,7 @@ def _option(option: str, text: str) -> dict[str, Any]:
 
 
 def _fail(rule: str, evidence: str) -> Any:
-    _checks.fail(BenchError, rule, evidence, "An example: --case '8x512x512x8 FB causal'.")
+    checks.fail(BenchError, rule, evidence, "An example: --case '8x512x512x8 FB causal'.")
 
 
 _QUICK = ["4x32x64x4 F", "4x32x64x4 FB", "4x32x64x4 FB dropout=0.1", "2x256x64x4 FB causal"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha import explain
-from flax_mha.attention._choice import RULE
+from flax_mha.attention.choice import RULE
 from flax_mha.bench.cases import Case
 from flax_mha.bench.results import CaseResult, Run
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from flax_mha import MultiHeadAttentionConfig, init_params
-from flax_mha._typing import Array, ParamsLike, PRNGKey
 from flax_mha.bench.cases import Case
+from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 
 
 class Data(NamedTuple):

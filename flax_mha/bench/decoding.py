@@ -18,9 +18,9 @@ import numpy as np
 from flax import linen
 
 from flax_mha import MultiHeadAttentionConfig, init_cache, init_params, multi_head_attention
-from flax_mha._typing import Array
 from flax_mha.bench.peers.linen import renamed
 from flax_mha.bench.timing import sample
+from flax_mha.core.typing import Array
 
 STEPS_A_SAMPLE = 20
 

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from flax_mha._typing import Array
 from flax_mha.bench.cases import Case
+from flax_mha.core.typing import Array
 
 
 def allowed(case: Case) -> Array | None:

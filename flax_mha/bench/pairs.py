@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha import dot_product_attention
-from flax_mha._typing import Array
 from flax_mha.bench import timing
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import make_data
 from flax_mha.bench.peers.ours import builder
+from flax_mha.core.typing import Array
 
 
 @dataclasses.dataclass

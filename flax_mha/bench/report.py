@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_mha.attention._choice import RULE
+from flax_mha.attention.choice import RULE
 from flax_mha.bench.crossover import Crossover
 from flax_mha.bench.results import CaseResult, Row, Run
 from flax_mha.bench.targets import Target

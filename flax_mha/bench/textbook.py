@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha._typing import Array, ParamsLike, PRNGKey
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data
 from flax_mha.bench.masks import allowed
+from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 
 _einsum = functools.partial(jnp.einsum, precision="highest")
 

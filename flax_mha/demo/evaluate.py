@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.models.language import Transformer
 
 _WINDOWS_AT_ONCE = 32

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha import init_cache
-from flax_mha._typing import Array, PRNGKey
+from flax_mha.core.typing import Array, PRNGKey
 from flax_mha.demo.models.language import Caches, Transformer
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha._checks import fail, instance
+from flax_mha.core.checks import fail, instance
 
 _LEVELS = 255
 _ROUNDING = 1e-6  # a softmax in float32 may end this far above 1

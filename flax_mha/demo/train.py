@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from flax_mha import constrain
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.settings import DemoError, TrainSettings
 from flax_mha.demo.tasks.contract import Batch, Task
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha import init_cache, init_cross_cache
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.models.translator import PADDING, LayerCaches, Translator
 
 

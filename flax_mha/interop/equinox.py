@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks
-from flax_mha._typing import Params, ParamsLike
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.interop._layout import PLAIN, Entry, from_table, only, to_table
+from flax_mha.core import checks
+from flax_mha.core.typing import Params, ParamsLike
+from flax_mha.interop.layout import PLAIN, Entry, from_table, only, to_table
 
 # Where Equinox keeps each projection, and the axes of its weight and its bias there.
 _PLACES = {
@@ -101,7 +101,7 @@ def to_equinox(params: ParamsLike, config: MultiHeadAttentionConfig, module_like
     for name, like in likes.items():
         if arrays[name].shape != like.shape:
             rule = f"`module_like.{name}` must be {arrays[name].shape}, as the parameters are."
-            _checks.fail(ValueError, rule, f"shape {tuple(like.shape)}")
+            checks.fail(ValueError, rule, f"shape {tuple(like.shape)}")
 
     def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
         name = jax.tree_util.keystr(path).removeprefix(".")
@@ -118,19 +118,19 @@ def _arrays(module: Any) -> dict[str, Any]:
             array = getattr(getattr(module, place, None), leaf, None)
             if array is not None:
                 arrays[f"{place}.{leaf}"] = array
-        if not _checks.is_array(arrays.get(f"{place}.weight")):
+        if not checks.is_array(arrays.get(f"{place}.weight")):
             rule = (
                 "The module must be an equinox.nn.MultiheadAttention, with its own Linear layers."
             )
             evidence = f"{type(module).__name__} without an array `{place}.weight`"
-            _checks.fail(TypeError, rule, evidence)
+            checks.fail(TypeError, rule, evidence)
     return arrays
 
 
 def _rate(module: Any) -> float:
     """Equinox lets the rate be a 0-dimensional array."""
     p = module.dropout.p
-    return float(p) if _checks.is_array(p) and p.shape == () else p
+    return float(p) if checks.is_array(p) and p.shape == () else p
 
 
 def _table(config: MultiHeadAttentionConfig, arrays: Any) -> list[Entry]:
@@ -151,10 +151,8 @@ def _same_layer(config: MultiHeadAttentionConfig, module: Any, arrays: Any) -> N
     sizes = (module.num_heads, module.qk_size, module.vo_size, _rate(module))
     theirs = dict(zip(ours, sizes))
     if ours != theirs:
-        _checks.fail(ValueError, f"`module_like` must have the config's {ours}.", f"{theirs}")
+        checks.fail(ValueError, f"`module_like` must have the config's {ours}.", f"{theirs}")
     biases = [name for name in arrays if name.endswith("bias")]
     if biases and not config.use_bias:
         rule = "`module_like` must have no biases where the config has `use_bias=False`."
-        _checks.fail(
-            ValueError, rule, f"{biases}", "Make it with `use_query_bias=False` and so on."
-        )
+        checks.fail(ValueError, rule, f"{biases}", "Make it with `use_query_bias=False` and so on.")

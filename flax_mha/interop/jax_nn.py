@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha import _checks, attention
-from flax_mha._dtypes import wide_dtype
-from flax_mha._typing import Array
+from flax_mha import attention
+from flax_mha.core import checks
+from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
 REMEDIES = {
@@ -108,14 +109,14 @@ def _known(implementation: str | None) -> None:
         rule = "jax.nn's implementations are not run here."
         ours = list(attention.IMPLEMENTATIONS)
         remedy = f"Pass None or one of {ours}. {REMEDIES[implementation]}"
-        _checks.fail(NotImplementedError, rule, f"implementation={implementation!r}", remedy)
+        checks.fail(NotImplementedError, rule, f"implementation={implementation!r}", remedy)
 
 
 def _with_batch(name: str, x: Any, letters: str) -> Array:
     """The array with a batch axis, of 1 where it had none."""
     x = jnp.asarray(x)
     if x.ndim not in (3, 4):
-        _checks.fail(ValueError, f"`{name}` must be {letters}, or without B.", f"shape {x.shape}")
+        checks.fail(ValueError, f"`{name}` must be {letters}, or without B.", f"shape {x.shape}")
     return jax.lax.broadcast_to_rank(x, 4)
 
 
@@ -130,14 +131,14 @@ def _real(name: str, lengths: Any, B: int, size: int) -> Array | None:
     lengths_B = jnp.asarray(lengths)
     if lengths_B.shape != (B,) or not jnp.issubdtype(lengths_B.dtype, jnp.integer):
         evidence = f"shape {lengths_B.shape} and dtype {lengths_B.dtype}"
-        _checks.fail(ValueError, f"`{name}` must be integers [B] = ({B},).", evidence)
+        checks.fail(ValueError, f"`{name}` must be integers [B] = ({B},).", evidence)
     return jnp.arange(size, dtype="int32")[None] < lengths_B.astype("int32")[:, None]
 
 
 def _scaled(query_BTNH: Array, scale: Array) -> Array:
     """A traced scale has no value that could be static; in the query it is data."""
     if scale.shape:
-        _checks.fail(ValueError, "`scale` must be one number.", f"shape {scale.shape}")
+        checks.fail(ValueError, "`scale` must be one number.", f"shape {scale.shape}")
     wide = wide_dtype(query_BTNH.dtype)
     return (query_BTNH.astype(wide) * scale.astype(wide)).astype(query_BTNH.dtype)
 

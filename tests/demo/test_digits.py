@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from demo_helpers import TINY
+from demo_helpers import CONFIGS, TINY
 
 from flax_mha.demo import cli, extras, train
 from flax_mha.demo.config_file import read_settings, settings_from
@@ -105,7 +105,6 @@ def test_without_scikit_learn(run_of, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_short_run_of_the_config_reads_nine_in_ten(tmp_path):
-    from test_settings import CONFIGS
 
     (config,) = (path for path in CONFIGS if path.stem == "digits")
     task = TASKS["digits"](read_settings(config, ["train.steps=400"]))

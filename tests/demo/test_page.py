@@ -8,16 +8,12 @@ import unicodedata
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from demo_helpers import random_weights
 
 from flax_mha.demo.page import AttentionMap, visible, write_page
 
 WEIGHTS = np.full((2, 3, 4), 0.25)
 QUERIES, KEYS = ["a", "b", "c"], ["d", "e", "f", "g"]
-
-
-def random_weights(N, T, S, seed=0):
-    weights_NTS = np.random.default_rng(seed).exponential(size=(N, T, S)) ** 3
-    return weights_NTS / weights_NTS.sum(-1, keepdims=True)
 
 
 def written(path, maps, title="A title"):

@@ -5,7 +5,7 @@ import re
 import chromium
 import numpy as np
 import pytest
-from test_page import random_weights
+from demo_helpers import random_weights
 
 from flax_mha.demo.page import AttentionMap, visible, write_page
 

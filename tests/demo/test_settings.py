@@ -1,14 +1,13 @@
 """Settings: what is unknown or of the wrong type is refused, and overrides win."""
 
 import json
-from pathlib import Path
 
 import pytest
+from demo_helpers import CONFIGS
 
 from flax_mha.demo.config_file import parse_value, read_settings, settings_from
 from flax_mha.demo.settings import DemoError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 LANGUAGE = {"task": {"name": "language"}}
 
 

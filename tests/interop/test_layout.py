@@ -9,7 +9,7 @@ import pytest
 from helpers import C, D, E, H, M, N, V, random_params
 
 from flax_mha import MultiHeadAttentionConfig, param_shapes
-from flax_mha.interop._layout import Entry, from_table, to_table
+from flax_mha.interop.layout import Entry, from_table, to_table
 
 CONFIG = MultiHeadAttentionConfig(num_heads=N, key_dim=H, value_dim=V, output_shape=E)
 PARAMS = random_params(param_shapes(CONFIG, (1, D), (1, M), (1, C)))

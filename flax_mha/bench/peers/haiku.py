@@ -4,12 +4,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flax_mha._typing import Array
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data
 from flax_mha.bench.masks import allowed
 from flax_mha.bench.peers import jax_layers
 from flax_mha.bench.peers.contract import Contender, Unserved
+from flax_mha.core.typing import Array
 
 
 def build(case: Case, data: Data) -> Contender:

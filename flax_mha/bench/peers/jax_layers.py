@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha._typing import Array
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data
 from flax_mha.bench.memory import temporaries
 from flax_mha.bench.peers.contract import Contender
 from flax_mha.bench.textbook import Expected
+from flax_mha.core.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)

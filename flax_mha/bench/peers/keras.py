@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from flax_mha._typing import Array
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data
 from flax_mha.bench.peers import jax_layers
 from flax_mha.bench.peers.contract import Contender, Unserved
+from flax_mha.core.typing import Array
 
 # The order of `layer.trainable_variables`.
 _NAMES = [

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_mha._typing import Array
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data
 from flax_mha.bench.masks import allowed
 from flax_mha.bench.peers import jax_layers
 from flax_mha.bench.peers.contract import Contender
 from flax_mha.bench.peers.linen import renamed
+from flax_mha.core.typing import Array
 
 
 def build(case: Case, data: Data) -> Contender:

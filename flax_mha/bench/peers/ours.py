@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_mha import multi_head_attention
-from flax_mha._typing import Array
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data, config_of
 from flax_mha.bench.peers import jax_layers
 from flax_mha.bench.peers.contract import Contender, Unserved
+from flax_mha.core.typing import Array
 
 
 def builder(implementation: str | None) -> Callable[[Case, Data], Contender]:

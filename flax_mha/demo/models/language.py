@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from flax_mha import KVCache, MultiHeadAttentionConfig
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.models.layers import Block, unit_normal, waves
 from flax_mha.demo.settings import number
 

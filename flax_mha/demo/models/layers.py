@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_mha import KVCache, MultiHeadAttention, MultiHeadAttentionConfig
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 
 SLOWEST_WAVE = 256  # of the positions' first values, in positions per radian
 unit_normal = nn.initializers.normal(1.0)

@@ -13,7 +13,7 @@ import dataclasses
 from flax import linen as nn
 
 from flax_mha import MultiHeadAttentionConfig
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.models.layers import Block, unit_normal
 from flax_mha.demo.settings import number
 

@@ -17,7 +17,7 @@ import jax
 from flax import linen as nn
 
 from flax_mha import CrossCache, KVCache, MultiHeadAttention, MultiHeadAttentionConfig
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.models.layers import MLP, Block, unit_normal, waves
 from flax_mha.demo.settings import number
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.page import AttentionMap
 from flax_mha.demo.settings import DemoError, Settings
 from flax_mha.demo.terminal import Screen

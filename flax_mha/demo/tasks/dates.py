@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.data import dates
 from flax_mha.demo.data.dates import Dates, DateSettings
 from flax_mha.demo.data.spellings import LONGEST, STYLES, Spelling

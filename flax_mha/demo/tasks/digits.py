@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo.data.digits import (
     CLASSES,
     SIDE,

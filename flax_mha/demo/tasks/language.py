@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_mha._typing import Array
+from flax_mha.core.typing import Array
 from flax_mha.demo import compressors, evaluate
 from flax_mha.demo.data.text import Split, TextSettings, load_split, windows
 from flax_mha.demo.generate import Sampling, generate, generate_without_cache

@@ -1,0 +1,205 @@
+"""Backward: one key block meets its query blocks; each tile's weights are computed again.
+
+    weights = e^(logits - lse)                   lse = row_max + log row_sum
+    d_weights = drop(d_context . value^T)        delta = sum_v d_context context - d_row_sum row_sum
+    d_logits = weights (d_weights - delta)       d_bias = d_logits, d_product = cap' d_logits
+    d_query = scale d_product . key    d_key = d_product^T . scale query
+    d_value = drop(weights)^T . d_context
+
+d_key and d_value are summed transposed, `[h, s]`: written so, XLA's CPU products run at twice the
+rate of those that would transpose the tile.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha.attention.blockwise.call import (
+    Blocks,
+    Plan,
+    every,
+    loop,
+    of_keys,
+    of_queries,
+    of_rows,
+    product,
+    put_keys,
+    put_queries,
+    scaled_queries,
+    stretch,
+    tile_dropper,
+    tile_logits,
+    where_needed,
+)
+from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.tiles import Tile, add_at, place, query_spans, scores_place
+from flax_mha.attention.distance import unskew
+from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.typing import Array, DType
+
+
+class Saved(NamedTuple):
+    """What every tile of a query needs."""
+
+    lse_BNT: Array
+    delta_BNT: Array
+    d_context_BTNV: Array
+
+
+class Biases(NamedTuple):
+    """The gradients of the dense bias and of the distance bias, where the call has them."""
+
+    bias_bnts: Array | None
+    values_NL: Array | None
+
+
+class Gradients(NamedTuple):
+    """The gradients so far, in float32 at least."""
+
+    d_query_BTNH: Array
+    d_key_BSKH: Array
+    d_value_BSKV: Array
+    d_biases: Biases
+
+
+class Sums(NamedTuple):
+    """What one key block has gathered: its own gradients, and those that all blocks share."""
+
+    d_key_bkhs: Array
+    d_value_bkvs: Array
+    d_query_BTNH: Array
+    d_biases: Biases
+
+
+class TileGradients(NamedTuple):
+    """What one tile adds."""
+
+    d_key_bkhs: Array
+    d_value_bkvs: Array
+    d_query_bkrh: Array
+    d_logits_bkrs: Array | None
+
+
+def backward(plan: Plan, blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Gradients:
+    """The gradients of query, key, value and biases."""
+    tiling, saved = plan.tiling, _saved(blocks, softmax, cotangent)
+
+    def step(index: Array, gradients: Gradients) -> Gradients:
+        at = place(tiling, index, tiling.key_blocks)
+        return _key_block(plan, blocks, saved, at, gradients)
+
+    wide = wide_dtype(blocks.query_BTNH.dtype)
+    values = None if blocks.distance_bias is None else blocks.distance_bias.values
+    biases = Biases(blocks.bias_bnts, values)
+    like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, biases)
+    return every(tiling.lanes * tiling.key_blocks, step, _zeros(like, wide))
+
+
+def _zeros(like: Any, dtype: DType | None = None) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), like)
+
+
+def _saved(blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Saved:
+    context, row_max, row_sum = softmax
+    d_context, _, d_row_sum = cotangent
+    # +inf where nothing may be attended: e^(logits - lse) is 0 there, for any logits.
+    lse = jnp.where(row_sum == 0, jnp.inf, row_max + jnp.log(row_sum))
+    delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
+    return Saved(lse, delta, d_context.astype(blocks.value_BSKV.dtype))
+
+
+def _key_block(
+    plan: Plan,
+    blocks: Blocks,
+    saved: Saved,
+    at: tuple[Array, Array, Array],
+    gradients: Gradients,
+) -> Gradients:
+    tiling, (b, k, j) = plan.tiling, at
+    s = j * tiling.s
+    here = Tile(b, k, 0, s)
+    key_bksh = of_keys(tiling, blocks.key_BSKH, here)
+    value_bksv = of_keys(tiling, blocks.value_BSKV, here)
+
+    def step(masked: bool, i: Array, sums: Sums) -> Sums:
+        tile = Tile(b, k, i * tiling.t, s)
+        compute = lambda: _tile_gradients(  # noqa: E731
+            plan, blocks, saved, key_bksh, value_bksv, tile, masked
+        )
+        nothing = lambda: _zeros(jax.eval_shape(compute))  # noqa: E731
+        return _add(plan, blocks, sums, tile, where_needed(plan, blocks, tile, compute, nothing))
+
+    sums = _nothing(plan, gradients)
+    sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
+    _, of_product = plan.options.scales(blocks.query_BTNH.dtype)
+    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3) * of_product
+    return Gradients(
+        sums.d_query_BTNH,
+        put_keys(gradients.d_key_BSKH, d_key_bksh, here),
+        put_keys(gradients.d_value_BSKV, sums.d_value_bkvs.swapaxes(2, 3), here),
+        sums.d_biases,
+    )
+
+
+def _nothing(plan: Plan, gradients: Gradients) -> Sums:
+    d_query, d_key, d_value, d_biases = gradients
+    b, k, s = plan.tiling.b, plan.tiling.k, plan.tiling.s
+    zeros = lambda x_BSKF: jnp.zeros((b, k, x_BSKF.shape[-1], s), x_BSKF.dtype)  # noqa: E731
+    return Sums(zeros(d_key), zeros(d_value), d_query, d_biases)
+
+
+def _tile_gradients(
+    plan: Plan,
+    blocks: Blocks,
+    saved: Saved,
+    key_bksh: Array,
+    value_bksv: Array,
+    tile: Tile,
+    masked: bool,
+) -> TileGradients:
+    tiling, drop = plan.tiling, tile_dropper(plan, blocks, tile)
+    query_bkrh = scaled_queries(plan, blocks, tile)
+    d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
+    lse_bkr, delta_bkr = (of_rows(tiling, x, tile) for x in (saved.lse_BNT, saved.delta_BNT))
+
+    logits_bkrs, slope_bkrs = tile_logits(plan, blocks, query_bkrh, key_bksh, tile, masked)
+    weights_bkrs = jnp.exp(logits_bkrs - lse_bkr[..., None])
+    d_weights_bkrs = drop(product(plan, "bkrv,bksv->bkrs", d_context_bkrv, value_bksv))
+    d_logits_bkrs = weights_bkrs * (d_weights_bkrs - delta_bkr[..., None])
+    d_product_bkrs = d_logits_bkrs if slope_bkrs is None else d_logits_bkrs * slope_bkrs
+    d_product_bkrs = d_product_bkrs.astype(key_bksh.dtype)
+    kept_bkrs = drop(weights_bkrs).astype(value_bksv.dtype)
+    return TileGradients(
+        product(plan, "bkrh,bkrs->bkhs", query_bkrh, d_product_bkrs),
+        product(plan, "bkrv,bkrs->bkvs", d_context_bkrv, kept_bkrs),
+        product(plan, "bkrs,bksh->bkrh", d_product_bkrs, key_bksh) * plan.options.scale,
+        None if blocks.bias_bnts is None and blocks.distance_bias is None else d_logits_bkrs,
+    )
+
+
+def _add(plan: Plan, blocks: Blocks, sums: Sums, tile: Tile, added: TileGradients) -> Sums:
+    d_query_bkrh = of_queries(plan.tiling, sums.d_query_BTNH, tile) + added.d_query_bkrh
+    return Sums(
+        sums.d_key_bkhs + added.d_key_bkhs,
+        sums.d_value_bkvs + added.d_value_bkvs,
+        put_queries(plan.tiling, sums.d_query_BTNH, d_query_bkrh, tile),
+        _add_biases(plan, blocks, sums.d_biases, tile, added.d_logits_bkrs),
+    )
+
+
+def _add_biases(plan: Plan, blocks: Blocks, sums: Biases, tile: Tile, d_logits_bkrs: Any) -> Biases:
+    """Dense: summed over the axes in which it has size 1. Of distances: along the diagonals."""
+    bias_bnts, values_NL = sums
+    tiling = plan.tiling
+    if bias_bnts is not None or values_NL is not None:
+        heads = tiling.k * tiling.G
+        d_logits_bnts = d_logits_bkrs.reshape(tiling.b, heads, tiling.t, tiling.s)
+    if bias_bnts is not None:
+        start, _ = scores_place(tiling, bias_bnts.shape, tile)
+        summed = tuple(axis for axis, n in enumerate(bias_bnts.shape) if n == 1)
+        bias_bnts = add_at(bias_bnts, d_logits_bnts.sum(summed, keepdims=True), start)
+    if values_NL is not None:
+        start, _ = stretch(plan, blocks, tile)
+        values_NL = add_at(values_NL, unskew(d_logits_bnts.sum(0)), start)
+    return Biases(bias_bnts, values_NL)

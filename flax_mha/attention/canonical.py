@@ -1,0 +1,119 @@
+"""The arguments of one attention call, checked and folded for an implementation."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha.attention.contract import Inputs, Options
+from flax_mha.attention.distance import DistanceBias
+from flax_mha.core import checks
+from flax_mha.core.folding import collapse
+from flax_mha.core.typing import Array, PRNGKey, Shape
+from flax_mha.masks import Mask
+
+
+def canonical(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None,
+    bias: Array | None,
+    distance_bias: DistanceBias | None,
+    sinks: Array | None,
+    soft_cap: float | None,
+    scale: float | None,
+    is_causal: bool,
+    local_window_size: int | tuple[int, int] | None,
+    dropout_rate: float,
+    dropout_key: PRNGKey | None,
+    precision: Any,
+    block_sizes: tuple[int, int] | None,
+    return_weights: bool,
+    return_residuals: bool,
+) -> tuple[Inputs, Options]:
+    """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included.
+
+    The arguments and their defaults are those of `dot_product_attention`.
+    """
+    checks.attention_arrays(query, key, value)
+    if dropout_key is not None:
+        checks.prng_key("dropout_key", dropout_key)
+    rate = checks.rate("dropout_rate", dropout_rate)
+    drops = rate > 0 and dropout_key is not None
+    batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
+    groups = (batch, (N,), (T,), (S,))
+    inputs = Inputs(
+        query_BTNH=_flat(query),
+        key_BSKH=_flat(key),
+        value_BSKV=_flat(value),
+        mask=_mask(mask, is_causal, local_window_size, groups),
+        bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
+        distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
+        sinks_N=None if sinks is None else _sinks(sinks, N),
+        dropout_key=dropout_key if drops else None,
+    )
+    options = Options(
+        scale=1 / math.sqrt(H) if scale is None else float(scale),
+        soft_cap=None if soft_cap is None else checks.positive("soft_cap", soft_cap),
+        dropout_rate=rate if drops else 0.0,
+        precision=precision,
+        block_sizes=None if block_sizes is None else checks.block_sizes(block_sizes, drops),
+        return_weights=checks.boolean("return_weights", return_weights),
+        return_residuals=checks.boolean("return_residuals", return_residuals),
+    )
+    return inputs, options
+
+
+def _flat(x: Array) -> Array:
+    return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
+
+
+def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) -> Mask:
+    """All that restricts attention, as one structured mask."""
+    if mask is None:
+        mask = Mask()
+    elif not isinstance(mask, Mask):
+        dense = _over_scores("mask", checks.boolean_mask("mask", mask), groups)
+        mask = Mask.dense(dense)
+    if checks.boolean("is_causal", is_causal):
+        mask &= Mask.causal(mask.query_offset)
+    if window is not None:
+        sides = (window, window) if hasattr(window, "__index__") else window
+        mask &= dataclasses.replace(Mask.window(*sides), query_offset=mask.query_offset)
+    batch, *sizes = groups
+    mask.check(math.prod(batch), *(size for (size,) in sizes))
+    return mask
+
+
+def _bias(bias: Array) -> Array:
+    checks.floating_array("bias", bias, "that broadcasts to [..., N, T, S]")
+    return jnp.asarray(bias)
+
+
+def _distance_bias(bias: Any, B: int, N: int) -> DistanceBias | None:
+    if bias is not None:
+        checks.instance("distance_bias", bias, DistanceBias)
+        bias.check(B, N)
+    return bias
+
+
+def _sinks(sinks: Array, N: int) -> Array:
+    checks.floating_array("sinks", sinks, "[N]")
+    if sinks.shape != (N,):
+        checks.fail(ValueError, f"`sinks` must be [N] = ({N},).", f"shape {tuple(sinks.shape)}")
+    return jnp.asarray(sinks)
+
+
+def _over_scores(name: str, array: Array, groups: tuple[Shape, ...]) -> Array:
+    """Aligns to `[..., N, T, S]` from the right, and folds to `[b, n, t, s]`."""
+    full = tuple(size for group in groups for size in group)
+    aligned = jax.lax.broadcast_to_rank(array, max(len(full), array.ndim))
+    T, S = full[-2:]
+    remedy = "Did you swap T and S?" if array.shape[-2:] == (S, T) and T != S else ""
+    letters = "[..., N, T, S]"
+    checks.broadcastable(name, aligned.shape, full, letters, remedy, received=array.shape)
+    return collapse(aligned, groups)

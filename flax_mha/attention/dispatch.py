@@ -1,0 +1,211 @@
+"""Chooses an implementation openly and runs it: `dot_product_attention` and `explain`."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax
+
+from flax_mha.attention import blockwise, reference
+from flax_mha.attention.canonical import canonical
+from flax_mha.attention.choice import RULE, preferred
+from flax_mha.attention.contract import Inputs, Options, Output
+from flax_mha.attention.distance import DistanceBias
+from flax_mha.attention.quarantine import poison, quarantine
+from flax_mha.attention.sinks import with_sinks
+from flax_mha.core import checks
+from flax_mha.core.typing import Array, PRNGKey, Shape
+from flax_mha.masks import Mask
+
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "blockwise": blockwise}
+# The arguments of a call that are arrays or hold some; all others are static.
+DATA = ("query", "key", "value", "mask", "bias", "distance_bias", "sinks", "dropout_key")
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None = None,
+    bias: Array | None = None,
+    distance_bias: DistanceBias | None = None,
+    sinks: Array | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: Any = None,
+    implementation: str | None = None,
+    block_sizes: tuple[int, int] | None = None,
+    return_weights: bool = False,
+    return_residuals: bool = False,
+) -> Any:
+    """Attention of arrays: softmax(scale query . key + bias) . value over the allowed keys.
+
+    Args:
+        query: `[..., T, N, H]`, floating; any number of leading batch axes, none included.
+        key: `[..., S, K, H]`; N is a multiple of K, query head n reads key head n // (N // K).
+        value: `[..., S, K, V]`; V may differ from H.
+        mask: a `Mask`, or booleans that broadcast to `[..., N, T, S]`; True = may attend.
+        bias: floats that broadcast to `[..., N, T, S]`, added to the scaled logits.
+        distance_bias: a `DistanceBias`, added likewise: floats by head and distance alone.
+        sinks: floats `[N]`, a logit for each head that attends to nothing and joins the softmax.
+        soft_cap: the scaled product becomes soft_cap * tanh(product / soft_cap), before biases.
+        scale: factor of the logits; None = 1 / sqrt(H).
+        is_causal: no key after the query, aligned top-left.
+        local_window_size: (left, right) keys around the query, itself besides; an int = both.
+        dropout_rate: probability in [0, 1] of dropping a weight; acts only with `dropout_key`.
+        dropout_key: one PRNG key; None = no dropout.
+        precision: of both products, as in `jax.numpy.einsum`.
+        implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
+        block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
+            With dropout the queries must be a multiple of 4: it draws for four at a time.
+        return_weights: also return the weights `[..., N, T, S]`, before dropout.
+        return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
+
+    Returns:
+        The context `[..., T, N, V]`; with weights and/or residuals, a tuple in this order.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown name, a rate outside [0, 1].
+        TypeError: a float mask, an integer query, mixed dtypes, a dropout key that is none.
+        NotImplementedError: the named implementation cannot serve this call.
+
+    Memory: blockwise O(T + S), reference O(T S); `explain` says which one is chosen.
+
+    Differs from jax.nn.dot_product_attention: (1) a query that may attend nowhere gets context 0,
+    not mean(value); (2) V may differ from H; (3) dropout, weights; (4) any number of batch axes;
+    (5) NaN in padded keys and values goes nowhere.
+
+    Reference: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+        >>> flax_mha.dot_product_attention(x, x, x, is_causal=True).shape
+        (2, 5, 3, 8)
+    """
+    inputs, options = canonical(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        distance_bias=distance_bias,
+        sinks=sinks,
+        soft_cap=soft_cap,
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        precision=precision,
+        block_sizes=block_sizes,
+        return_weights=return_weights,
+        return_residuals=return_residuals,
+    )
+    output = run(choose(implementation, inputs, options), inputs, options)
+    return _restore(output, query.shape[:-3], options)
+
+
+def explain(
+    query: Any, key: Any, value: Any, *, implementation: str | None = None, **call: Any
+) -> dict[str, str]:
+    """Says for each implementation whether it can serve a call: "ok" or its reason.
+
+    Args:
+        query: as in `dot_product_attention`; a `jax.ShapeDtypeStruct` does, here and below.
+        key: as in `dot_product_attention`.
+        value: as in `dot_product_attention`.
+        implementation: checked to be a name, and not used: a call's arguments pass as they are.
+        **call: any further argument of `dot_product_attention`.
+
+    Returns:
+        `{name: "ok" or the reason}` for every name in `IMPLEMENTATIONS`; to the "ok" of the one
+        that `implementation=None` chooses, the rule is added.
+
+    Raises:
+        As `dot_product_attention`, but no NotImplementedError: what that says is told instead.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax_mha
+        >>> x = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.float32)
+        >>> flax_mha.explain(x, x, x, return_weights=True)["blockwise"]
+        'it never holds the weights [T, S] that return_weights asks for'
+    """
+    _known(implementation)
+    bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
+    bound.apply_defaults()
+    static = {k: x for k, x in bound.arguments.items() if k not in (*DATA, "implementation")}
+    reasons: dict[str, str] = {}
+
+    def trace(data: Any) -> None:
+        inputs, options = canonical(**data, **static)
+        for name in IMPLEMENTATIONS:
+            reasons[name] = reason(name, inputs, options) or "ok"
+        names = able(inputs, options)
+        why = RULE if len(names) > 1 else "no other can"
+        reasons[preferred(names, inputs)] += f", and None chooses it: {why}"
+
+    jax.eval_shape(trace, {name: bound.arguments[name] for name in DATA})
+    return reasons
+
+
+def reason(name: str, inputs: Inputs, options: Options) -> str | None:
+    """Why the implementation cannot serve the call; None where it can."""
+    return IMPLEMENTATIONS[name].unsupported(inputs, options)
+
+
+def able(inputs: Inputs, options: Options) -> list[str]:
+    """The names of the implementations that can serve the call."""
+    return [name for name in IMPLEMENTATIONS if reason(name, inputs, options) is None]
+
+
+def choose(implementation: str | None, inputs: Inputs, options: Options) -> str:
+    """The named implementation or an error; only None chooses, by the rule of `_choice`."""
+    names = able(inputs, options)
+    if implementation is None:
+        return preferred(names, inputs)
+    _known(implementation)
+    if implementation not in names:
+        why = reason(implementation, inputs, options)
+        rule = f"implementation={implementation!r} cannot serve this call: {why}."
+        evidence = _described(inputs, options)
+        checks.fail(NotImplementedError, rule, evidence, f"Those that can: {names}.")
+    return implementation
+
+
+def _described(inputs: Inputs, options: Options) -> str:
+    """A call in short: its shapes, and the options that are not at their defaults."""
+    arrays = (("query", inputs.query_BTNH), ("key", inputs.key_BSKH))
+    shapes = [f"{name} {list(x.shape)}" for name, x in arrays]
+    fields = [field for field in dataclasses.fields(options) if field.name != "scale"]
+    values = {field: getattr(options, field.name) for field in fields}
+    given = [f"{field.name}={x!r}" for field, x in values.items() if x != field.default]
+    return ", ".join([*shapes, *given])
+
+
+def run(name: str, inputs: Inputs, options: Options) -> Output:
+    """Runs one implementation on inputs from which removed positions are kept away."""
+    safe, broken_BT = quarantine(inputs)
+    output = with_sinks(IMPLEMENTATIONS[name].attend(safe, options), inputs.sinks_N)
+    return output._replace(context_BTNV=poison(output.context_BTNV, broken_BT))
+
+
+def _known(implementation: str | None) -> None:
+    if implementation is not None:
+        checks.one_of("implementation", implementation, IMPLEMENTATIONS)
+
+
+def _restore(output: Output, batch: Shape, options: Options) -> Any:
+    """The caller's batch axes; a tuple where more than the context was asked for."""
+    unfold = lambda x: x.reshape(*batch, *x.shape[1:])  # noqa: E731
+    results = [unfold(output.context_BTNV)]
+    if options.return_weights:
+        results.append(unfold(output.weights_BNTS))
+    if options.return_residuals:
+        results.append(jax.tree.map(unfold, output.residuals))
+    return results[0] if len(results) == 1 else tuple(results)

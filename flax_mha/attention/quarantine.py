@@ -1,0 +1,61 @@
+"""Keeps NaN and Inf of removed positions away from results: 0 x NaN is NaN, so zero the NaN too.
+
+Positions removed by padding become zeros. Under segment ids, every non-finite row becomes zeros
+as well, and NaN is added to the context of those queries alone that may attend to such a row; so
+a broken example in a packed batch breaks itself and no neighbour, forward and backward.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from flax_mha.attention.contract import Inputs
+from flax_mha.core.typing import Array
+from flax_mha.masks import Mask
+
+
+def quarantine(inputs: Inputs) -> tuple[Inputs, Array | None]:
+    """Safe inputs, and `[B, T]` booleans of the queries whose context must become NaN."""
+    inputs = _without_padding(inputs)
+    if not inputs.mask.segment_ids:
+        return inputs, None
+    query_ok_BT = _finite(inputs.query_BTNH)
+    key_ok_BS = _finite(inputs.key_BSKH) & _finite(inputs.value_BSKV)
+    broken_BT = ~query_ok_BT | _meets_broken_key(inputs.mask, key_ok_BS, query_ok_BT.shape[1])
+    return _select(inputs, query_ok_BT, key_ok_BS), broken_BT
+
+
+def poison(context_BTNV: Array, broken_BT: Array | None) -> Array:
+    """Adds NaN: a sum, so that no NaN enters the gradient of healthy rows."""
+    if broken_BT is None:
+        return context_BTNV
+    nan_BT = jnp.where(broken_BT, jnp.nan, 0).astype(context_BTNV.dtype)
+    return context_BTNV + nan_BT[..., None, None]
+
+
+def _without_padding(inputs: Inputs) -> Inputs:
+    return _select(inputs, inputs.mask.query_padding, inputs.mask.key_padding)
+
+
+def _select(inputs: Inputs, query_BT: Array | None, key_BS: Array | None) -> Inputs:
+    return dataclasses.replace(
+        inputs,
+        query_BTNH=_rows(inputs.query_BTNH, query_BT),
+        key_BSKH=_rows(inputs.key_BSKH, key_BS),
+        value_BSKV=_rows(inputs.value_BSKV, key_BS),
+    )
+
+
+def _rows(x: Array, stay: Array | None) -> Array:
+    return x if stay is None else jnp.where(stay[..., None, None], x, 0)
+
+
+def _finite(x: Array) -> Array:
+    return jnp.isfinite(x).all((-2, -1))
+
+
+def _meets_broken_key(mask: Mask, key_ok_BS: Array, T: int) -> Array:
+    """Whether a query may attend to a broken key by structure; dense masks may be per head."""
+    structure = dataclasses.replace(mask, dense_masks=())
+    allowed_b1TS = structure.as_array(T, key_ok_BS.shape[1])
+    return (allowed_b1TS[:, 0] & ~key_ok_BS[:, None, :]).any(-1)

@@ -1,0 +1,1 @@
+"""What every floor uses: the dimension key, the errors, dtypes, folding. Nothing here is public."""

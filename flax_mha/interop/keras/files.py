@@ -1,0 +1,200 @@
+"""Keras files, `.keras` and `.weights.h5`, read and written without Keras."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core.typing import Params, ParamsLike, Shape
+from flax_mha.interop.keras.archive import open_keras_file
+from flax_mha.interop.keras.arrays import check, params_from, places_of, tree_of
+from flax_mha.interop.keras.layers import (
+    any_layer,
+    attention_layer,
+    check_ordinary,
+    config_of,
+    contents,
+)
+from flax_mha.interop.keras.save import write_copy, write_new
+from flax_mha.interop.keras.tree import read_array
+from flax_mha.interop.keras.weights import to_keras_weights
+
+PathLike = str | os.PathLike[str]
+
+
+class KerasLayer(NamedTuple):
+    """One attention layer of a file, as `list_keras_layers` finds it.
+
+    Attributes:
+        path: where it stands in the file: `layers/multi_head_attention_1`.
+        name: the user's, such as `encoder/attention`; None where the file does not tell.
+        class_name: "MultiHeadAttention" or "GroupQueryAttention".
+        shapes: the arrays' shapes by "query/kernel" and so on.
+
+    Example:
+        >>> KerasLayer("layers/x", None, "MultiHeadAttention", {"query/kernel": (8, 2, 4)}).path
+        'layers/x'
+    """
+
+    path: str
+    name: str | None
+    class_name: str
+    shapes: dict[str, Shape]
+
+
+def list_keras_layers(path: PathLike) -> list[KerasLayer]:
+    """The attention layers in a `.keras` or `.weights.h5` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One `KerasLayer(path, name, class_name, shapes)` each, in order of path. Layers of any
+        class with the arrays of Keras's attention are found, KerasHub's for example.
+
+    Raises:
+        ValueError: a damaged or hostile file, or one of another format.
+        ImportError: h5py is not installed.
+
+    Example:
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
+        >>> [layer.path for layer in list_keras_layers(path)]
+        ['layers/multi_head_attention']
+    """
+    with open_keras_file(path) as file:
+        layers = contents(file).attention.values()
+        return [KerasLayer(x.path, x.name, x.class_name, x.shapes) for x in layers]
+
+
+def load_keras_file(
+    path: PathLike, layer: str | None = None, config: MultiHeadAttentionConfig | None = None
+) -> tuple[MultiHeadAttentionConfig, Params]:
+    """(config, params) of one attention layer in a `.keras` or `.weights.h5` file.
+
+    Nothing in the file is executed, unpickled or extracted; its arrays are read into memory only
+    if the file is as large as they are.
+
+    Args:
+        path: the file.
+        layer: the layer's name in Keras, `attention` or below its models' names
+            `encoder/attention`; or its path in the file, `layers/multi_head_attention_1`. None:
+            the only attention layer of the file.
+        config: the layer's config; None reads it from the archive's config.json, or, for a
+            `.weights.h5` file, infers it: num_heads, key_dim, value_dim, use_bias, output_shape,
+            use_gate, num_kv_heads and param_dtype follow from the shapes. **Nothing tells** of
+            `attention_axes` and `sliding_window`, which change the numbers, nor of dropout,
+            initializers, regularizers, constraints and seed: these get their defaults.
+
+    Returns:
+        The config, and the parameters bit for bit.
+
+    Raises:
+        ValueError: no such layer or several, with a list of the file's attention layers; a config
+            that does not fit; an archive whose config.json does not describe the layer (it
+            belongs to a custom class); a damaged or hostile file.
+        ImportError: h5py is not installed.
+
+    Example:
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4, value_dim=3)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
+        >>> found, loaded = load_keras_file(path)
+        >>> found == config, bool((loaded["key"]["kernel"] == params["key"]["kernel"]).all())
+        (True, True)
+    """
+    with open_keras_file(path) as file:
+        model = contents(file)
+        found = attention_layer(layer, model)
+        check_ordinary(found)
+        config = config_of(found, model) if config is None else config
+        structs = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, (_, x) in found.arrays.items()}
+        check(tree_of(structs), config)  # before anything is read
+        arrays = {place: read_array(*stored) for place, stored in found.arrays.items()}
+    return config, params_from(arrays, config)
+
+
+def read_keras_arrays(path: PathLike, layer: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a `.keras` or `.weights.h5` file, of any layers: to port the rest of a model.
+
+    Args:
+        path: the file.
+        layer: a layer's or inner model's name or path, as in `load_keras_file`; None = everything,
+            the optimizer's state too.
+
+    Returns:
+        Arrays by their path in the file (below the layer's, if one is named), in Keras's order:
+        of a Dense layer `{"vars/0": kernel, "vars/1": bias}`.
+
+    Raises:
+        ValueError: no such layer, or several; a damaged or hostile file.
+        ImportError: h5py is not installed.
+
+    Example:
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4, use_bias=False)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"attention": (config, params)})
+        >>> list(read_keras_arrays(path, "attention"))[0]
+        'key_dense/vars/0'
+    """
+    with open_keras_file(path) as file:
+        model = contents(file)
+        prefix = ""
+        if layer is not None:
+            prefix = any_layer(layer, model) + "/"
+        arrays = {p: x for p, x in model.tree.arrays.items() if p.startswith(prefix)}
+        return {p.removeprefix(prefix): read_array(p, stored) for p, stored in arrays.items()}
+
+
+def save_keras_weights(
+    path: PathLike,
+    layers: Mapping[str, tuple[MultiHeadAttentionConfig, ParamsLike]],
+    like: PathLike | None = None,
+) -> None:
+    """Writes attention layers to a file that Keras loads.
+
+    Args:
+        path: the file to write, or to replace when all is written.
+        layers: `{layer: (config, params)}`.
+        like: an existing `.keras` or `.weights.h5` file, which is copied with these layers' numbers
+            replaced; then a layer is named as in `load_keras_file`. None: a new `.weights.h5` of
+            these layers alone, by their paths in the file: the layers of a functional or
+            sequential model are `layers/multi_head_attention`, `layers/multi_head_attention_1`
+            and so on in the model's order, whatever their names;
+            `layers/grouped_query_attention` where `num_kv_heads` is set.
+
+    Raises:
+        ValueError: parameters that do not fit their config or the layer in `like`, an unknown
+            layer, a file name with another ending, a damaged or hostile `like`.
+        ImportError: h5py is not installed.
+
+    Differs from Keras: (1) with `like` the archive's config.json stays as it is, so a changed
+    dropout or sliding window is not written; (2) the file is replaced at once, never half written.
+
+    Example:
+        >>> import os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.weights.h5")
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
+        >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)}, like=path)
+    """
+    arrays = {}
+    for name, (config, params) in layers.items():
+        places = zip(places_of(config), to_keras_weights(params, config))
+        arrays[name] = (config, dict(places))
+    if like is None:
+        write_new(pathlib.Path(path), arrays)
+    else:
+        write_copy(pathlib.Path(path), arrays, like)

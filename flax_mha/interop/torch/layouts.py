@@ -1,0 +1,155 @@
+"""A layer's arrays in a PyTorch model's state dict: chosen, unpacked, and carried both ways."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core import checks
+from flax_mha.core.typing import Params, ParamsLike
+from flax_mha.interop.layout import Entry, from_table, to_table
+from flax_mha.interop.torch.arrays import as_numpy, writable
+from flax_mha.interop.torch.models import Layout
+from flax_mha.params import check_params
+
+PARTS = ("query", "key", "value")
+
+
+# --- in -----------------------------------------------------------------------------------------
+
+
+def from_layout(
+    layout: Layout, state: Any, config: MultiHeadAttentionConfig, prefix: str
+) -> Params:
+    """The parameter tree; every array that belongs to the layer is used, or refused by name."""
+    table = _rows(layout, config)
+    arrays = _selected(layout, table, state, prefix)
+    for name, axis in layout.packed.items():
+        if name in arrays:
+            arrays |= _unpacked(name, arrays.pop(name), axis, config)
+    params = from_table(table, arrays, config)
+    _check_sizes(layout, cast(ParamsLike, params), config)
+    return params
+
+
+def _rows(layout: Layout, config: MultiHeadAttentionConfig) -> list[Entry]:
+    """The rows of the table that this config has; what has no place in it is refused."""
+    projections = {entry.place[0] for entry in layout.table}
+    if config.use_gate and "gate" not in projections:
+        rule = "This layout has no place for a gate."
+        checks.fail(ValueError, rule, "use_gate=True", "Name its layer in `from_linear_layers`.")
+    if config.output_shape is not None and len(config.output_shape) > 1:
+        rule = "Such a layer has one axis of output features."
+        checks.fail(ValueError, rule, f"output_shape={config.output_shape}")
+    return [entry for entry in layout.table if config.use_bias or entry.place[1] == "kernel"]
+
+
+def _selected(
+    layout: Layout, table: Sequence[Entry], state: Any, prefix: str
+) -> dict[str, np.ndarray]:
+    """The layer's own arrays by their names below the prefix; nothing else is read."""
+    if not isinstance(state, Mapping):
+        remedy = "Pass `module.state_dict()`, or what `load_safetensors` returns."
+        checks.fail(TypeError, "`state` must be a mapping.", f"{type(state).__name__}", remedy)
+    expected = _their_names(table)
+    below = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    own = [n for n in below if n.startswith(layout.owns) and n not in layout.foreign]
+    for name in sorted(set(own) & set(layout.refused)):
+        checks.fail(
+            ValueError, f"`{name}` is not supported: {layout.refused[name]}.", prefix + name
+        )
+    missing = [name for name in expected if name not in own]
+    unknown = [name for name in own if name not in expected]
+    if missing or unknown:
+        rule = f"The layer's arrays under prefix={prefix!r} must be {expected}."
+        evidence = f"missing {_few(missing)}, unknown {_few(unknown)}"
+        checks.fail(ValueError, rule, evidence, _hint(expected, state, prefix))
+    return {name: as_numpy(prefix + name, state[prefix + name]) for name in expected}
+
+
+def _their_names(table: Sequence[Entry]) -> list[str]:
+    """The names of the table, each packed array once."""
+    return list(dict.fromkeys(e.name.partition("[")[0] for e in table if e.name is not None))
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names of a list that may be a whole model's."""
+    shown = ", ".join(repr(name) for name in names[:6])
+    return f"[{shown}{', ...' if len(names) > 6 else ''}]"
+
+
+def _hint(expected: Sequence[str], state: Mapping[str, Any], prefix: str) -> str:
+    """The prefixes under which such a layer does stand."""
+    first = expected[0]
+    found = [name.removesuffix(first) for name in state if name.endswith(first)]
+    if found and prefix not in found:
+        return f"Such layers stand under {_few(found)}: pass one as `prefix`."
+    return "Do the layout, and `use_bias` and `use_gate` of the config, fit this model?"
+
+
+def _lengths(config: MultiHeadAttentionConfig) -> dict[str, int]:
+    N, K, H, V = config.dims
+    return dict(zip(PARTS, (N * H, K * H, K * V)))
+
+
+def _unpacked(
+    name: str, array: np.ndarray, axis: int, config: MultiHeadAttentionConfig
+) -> dict[str, np.ndarray]:
+    """`name[query]`, `name[key]` and `name[value]` of a packed array."""
+    lengths = list(_lengths(config).values())
+    if array.ndim <= axis or array.shape[axis] != sum(lengths):
+        rule = f"`{name}` must hold query, key and value along axis {axis}: N H + K H + K V = "
+        checks.fail(
+            ValueError,
+            f"{rule}{' + '.join(map(str, lengths))} = {sum(lengths)}.",
+            f"shape {array.shape}",
+            _packed_cause(array, axis, sum(lengths)),
+        )
+    parts = np.split(array, np.cumsum(lengths)[:-1], axis)
+    return {f"{name}[{part}]": values for part, values in zip(PARTS, parts)}
+
+
+def _packed_cause(array: np.ndarray, axis: int, total: int) -> str:
+    if array.ndim == 2 and array.shape[1 - axis] == total:
+        return "Is it transposed? A Linear keeps [out, in], a Conv1D [in, out]."
+    return "Do num_heads, num_kv_heads, key_dim and value_dim of the config fit this layer?"
+
+
+# --- out ----------------------------------------------------------------------------------------
+
+
+def to_layout(
+    layout: Layout, params: ParamsLike, config: MultiHeadAttentionConfig, prefix: str
+) -> dict[str, np.ndarray]:
+    """The inverse of `from_layout`: NumPy arrays of their own memory, under prefixed names."""
+    table = _rows(layout, config)
+    arrays = to_table(table, params, config)
+    _check_sizes(layout, params, config)
+    for name, axis in layout.packed.items():
+        if f"{name}[query]" in arrays:
+            parts = [arrays.pop(f"{name}[{part}]") for part in PARTS]
+            arrays[name] = _joined(name, parts, axis)
+    return {prefix + name: writable(arrays[name]) for name in _their_names(table)}
+
+
+def _joined(name: str, parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    if len({array.dtype for array in parts}) > 1:
+        rule = f"`{name}` holds query, key and value, which must have one dtype."
+        checks.fail(TypeError, rule, ", ".join(str(array.dtype) for array in parts))
+    return np.concatenate(parts, axis)
+
+
+def _check_sizes(layout: Layout, params: ParamsLike, config: MultiHeadAttentionConfig) -> None:
+    """The tree fits the config, and its sizes are such as the model can have."""
+    D, C, M = (params[name]["kernel"].shape[0] for name in PARTS)
+    check_params(params, config, (1, D), (1, M), (1, C))
+    E = params["attention_output"]["kernel"].shape[2]
+    sizes = {"D": D, "C": C, "M": M, "E": E, **config.dims._asdict()}
+    for equation in layout.equal:
+        sides = equation.split("=")
+        left, right = (math.prod(sizes[letter] for letter in side) for side in sides)
+        if left != right:
+            rule = f"Such a layer has {' = '.join(' '.join(side) for side in sides)}."
+            checks.fail(ValueError, rule, f"{left} and {right}")

@@ -1,0 +1,149 @@
+"""Where PyTorch models keep the arrays of one attention layer: a layout for each, as data.
+
+`name[query]` in a table is the query's part of the array `name`, which holds query, key and value
+one after the other along the axis that `packed` tells.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from flax_mha.interop.layout import Entry
+
+
+class Layout(NamedTuple):
+    """One layer's arrays below its prefix.
+
+    Attributes:
+        table: an entry for each array; rows of biases count only where the config has biases.
+        owns: the beginnings of names that belong to the layer: all such arrays must be used.
+        foreign: names among them that hold no weights of the layer.
+        refused: names among them that change what the layer computes, with the reason.
+        packed: arrays that hold query, key and value, and along which axis.
+        equal: products of sizes that are equal in such a model, in axis letters.
+    """
+
+    table: tuple[Entry, ...]
+    owns: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
+    refused: Mapping[str, str] = {}
+    packed: Mapping[str, int] = {}
+    equal: tuple[str, ...] = ()
+
+
+_LEARNED_KEY = "add_bias_kv=True appends a learned key and value to every sequence"
+
+_TORCH_BIASES_AND_OUTPUT = (
+    Entry(("query", "bias"), "in_proj_bias[query]", "(N H)"),
+    Entry(("key", "bias"), "in_proj_bias[key]", "(K H)"),
+    Entry(("value", "bias"), "in_proj_bias[value]", "(K V)"),
+    Entry(("attention_output", "kernel"), "out_proj.weight", "E (N V)"),
+    Entry(("attention_output", "bias"), "out_proj.bias", "E"),
+)
+
+# torch.nn.MultiheadAttention with kdim or vdim: three input projections, one bias for the three.
+SEPARATE = Layout(
+    table=(
+        Entry(("query", "kernel"), "q_proj_weight", "(N H) D"),
+        Entry(("key", "kernel"), "k_proj_weight", "(K H) C"),
+        Entry(("value", "kernel"), "v_proj_weight", "(K V) M"),
+        *_TORCH_BIASES_AND_OUTPUT,
+    ),
+    owns=("",),
+    refused={"bias_k": _LEARNED_KEY, "bias_v": _LEARNED_KEY},
+    packed={"in_proj_bias": 0},
+    equal=("K=N", "V=H", "NH=D", "D=E"),
+)
+
+# torch.nn.MultiheadAttention where query, key and value have the same features.
+PACKED = SEPARATE._replace(
+    table=(
+        Entry(("query", "kernel"), "in_proj_weight[query]", "(N H) D"),
+        Entry(("key", "kernel"), "in_proj_weight[key]", "(K H) C"),
+        Entry(("value", "kernel"), "in_proj_weight[value]", "(K V) M"),
+        *_TORCH_BIASES_AND_OUTPUT,
+    ),
+    packed={"in_proj_weight": 0, "in_proj_bias": 0},
+    equal=(*SEPARATE.equal, "C=D", "M=D"),
+)
+
+# BERT, RoBERTa, ELECTRA: below "encoder.layer.0."; the LayerNorm stands behind the residual sum.
+BERT = Layout(
+    table=(
+        Entry(("query", "kernel"), "attention.self.query.weight", "(N H) D"),
+        Entry(("query", "bias"), "attention.self.query.bias", "(N H)"),
+        Entry(("key", "kernel"), "attention.self.key.weight", "(K H) C"),
+        Entry(("key", "bias"), "attention.self.key.bias", "(K H)"),
+        Entry(("value", "kernel"), "attention.self.value.weight", "(K V) M"),
+        Entry(("value", "bias"), "attention.self.value.bias", "(K V)"),
+        Entry(("attention_output", "kernel"), "attention.output.dense.weight", "E (N V)"),
+        Entry(("attention_output", "bias"), "attention.output.dense.bias", "E"),
+    ),
+    owns=("attention.",),
+    foreign=tuple(
+        f"attention.output.LayerNorm.{leaf}" for leaf in ("weight", "bias", "gamma", "beta")
+    ),
+    equal=("K=N", "V=H", "C=D", "M=D", "D=E"),
+)
+
+# Llama, Mistral: below "model.layers.0."; grouped heads; with biases where `attention_bias` is set.
+LLAMA = Layout(
+    table=(
+        Entry(("query", "kernel"), "self_attn.q_proj.weight", "(N H) D"),
+        Entry(("query", "bias"), "self_attn.q_proj.bias", "(N H)"),
+        Entry(("key", "kernel"), "self_attn.k_proj.weight", "(K H) C"),
+        Entry(("key", "bias"), "self_attn.k_proj.bias", "(K H)"),
+        Entry(("value", "kernel"), "self_attn.v_proj.weight", "(K V) M"),
+        Entry(("value", "bias"), "self_attn.v_proj.bias", "(K V)"),
+        Entry(("attention_output", "kernel"), "self_attn.o_proj.weight", "E (N V)"),
+        Entry(("attention_output", "bias"), "self_attn.o_proj.bias", "E"),
+    ),
+    owns=("self_attn.",),
+    foreign=("self_attn.rotary_emb.inv_freq",),
+    equal=("V=H", "C=D", "M=D", "D=E"),
+)
+
+# Qwen2: Llama with biases in query, key and value alone.
+QWEN2 = LLAMA._replace(
+    table=(*LLAMA.table[:-1], Entry(("attention_output", "bias"), None)),
+)
+
+# GPT-2: below "h.0."; Conv1D keeps [in, out] where Linear keeps [out, in]; the two foreign arrays
+# are the causal mask, which old files hold.
+GPT2 = Layout(
+    table=(
+        Entry(("query", "kernel"), "attn.c_attn.weight[query]", "D (N H)"),
+        Entry(("query", "bias"), "attn.c_attn.bias[query]", "(N H)"),
+        Entry(("key", "kernel"), "attn.c_attn.weight[key]", "C (K H)"),
+        Entry(("key", "bias"), "attn.c_attn.bias[key]", "(K H)"),
+        Entry(("value", "kernel"), "attn.c_attn.weight[value]", "M (K V)"),
+        Entry(("value", "bias"), "attn.c_attn.bias[value]", "(K V)"),
+        Entry(("attention_output", "kernel"), "attn.c_proj.weight", "(N V) E"),
+        Entry(("attention_output", "bias"), "attn.c_proj.bias", "E"),
+    ),
+    owns=("attn.",),
+    foreign=("attn.bias", "attn.masked_bias"),
+    packed={"attn.c_attn.weight": 1, "attn.c_attn.bias": 0},
+    equal=("K=N", "V=H", "NH=D", "C=D", "M=D", "D=E"),
+)
+
+MODELS = {"bert": BERT, "llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2}
+
+_LINEAR = {
+    "query": {"kernel": "(N H) D", "bias": "(N H)"},
+    "key": {"kernel": "(K H) C", "bias": "(K H)"},
+    "value": {"kernel": "(K V) M", "bias": "(K V)"},
+    "gate": {"kernel": "(N V) D", "bias": "(N V)"},
+    "attention_output": {"kernel": "E (N V)", "bias": "E"},
+}
+
+
+def linear_layers(names: Mapping[str, str], without_bias: Sequence[str]) -> Layout:
+    """The layout of separate `Linear` layers that stand under these names."""
+    table: list[Entry] = []
+    for projection, layer in names.items():
+        bias = None if projection in without_bias else f"{layer}.bias"
+        table.append(
+            Entry((projection, "kernel"), f"{layer}.weight", _LINEAR[projection]["kernel"])
+        )
+        table.append(Entry((projection, "bias"), bias, _LINEAR[projection]["bias"]))
+    return Layout(tuple(table), owns=tuple(f"{layer}." for layer in names.values()))

@@ -1,0 +1,164 @@
+"""The layer's equation on canonical arrays; compiled once for each set of shapes and config."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_mha.attention import dot_product_attention
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core.folding import Folding
+from flax_mha.core.typing import Array, ParamsLike, PRNGKey, Shape
+from flax_mha.layer.arguments import Arrays, Restrictions
+from flax_mha.layer.caches import CrossCache, KVCache, News, View, extend, misplaced, view_of_source
+from flax_mha.layer.call import Call, prepare
+from flax_mha.layer.heads import key_heads, query_heads, value_heads
+from flax_mha.layer.placement import distance_bias
+from flax_mha.layer.projection import as_rank
+from flax_mha.masks import Mask
+
+
+class Flags(NamedTuple):
+    """The static arguments of one call."""
+
+    use_causal_mask: bool
+    return_attention_scores: bool
+    return_projections: bool
+
+
+class Activations(NamedTuple):
+    """Every array of one call, each with the leading axes of its own input: what `forward` returns.
+
+    Attributes:
+        query: the projected query `[B, T, N, H]`; None with a cache, like key, value and gate.
+        key: the projected key `[B, S, K, H]`.
+        value: the projected value `[B, S, K, V]`.
+        gate: sigmoid(query . W_gate + b_gate) `[B, T, N, V]`; None without `use_gate`.
+        output: what `multi_head_attention` returns, `[B, T, *E]`.
+        attention_scores: the weights before dropout `[B, N, T, S]`; None where not asked for.
+        cache: the cache that the call was given, with its tokens taken in; None without one.
+
+    Example:
+        >>> import jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=16, use_gate=True)
+        >>> x = jax.numpy.ones((4, 8, 32))
+        >>> params = flax_mha.init_params(jax.random.key(0), config, x.shape)
+        >>> activations = flax_mha.forward(params, x, x, config=config)
+        >>> activations.gate.shape, activations.output.shape
+        ((4, 8, 2, 16), (4, 8, 32))
+    """
+
+    query: Array | None
+    key: Array | None
+    value: Array | None
+    gate: Array | None
+    output: Array
+    attention_scores: Array | None
+    cache: KVCache | CrossCache | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "flags"))
+def layer(
+    params: ParamsLike,
+    arrays: Arrays,
+    restrictions: Restrictions,
+    dropout_key: PRNGKey | None,
+    cache: KVCache | CrossCache | None = None,
+    *,
+    config: MultiHeadAttentionConfig,
+    flags: Flags,
+) -> Activations:
+    """query, key, value -> projections -> attention -> (gate) -> output projection."""
+    call = prepare(params, arrays, restrictions, config, flags.use_causal_mask, cache)
+    project, folding = call.project, call.folding
+    query_BTNH = query_heads(params, call, config)
+    view, new_cache = _view(params, call, config, flags, cache)
+    attended = dot_product_attention(
+        query_BTNH,
+        view.key_BSKH,
+        view.value_BSKV,
+        mask=view.mask,
+        bias=view.bias_bnts,
+        distance_bias=view.distance_bias,
+        sinks=params["sinks"]["logits"] if "sinks" in params else None,
+        soft_cap=config.soft_cap,
+        dropout_rate=config.dropout,
+        dropout_key=dropout_key,
+        precision=config.precision,
+        implementation=config.implementation,
+        return_weights=flags.return_attention_scores,
+    )
+    context_BTNV, weights_BNTS = attended if flags.return_attention_scores else (attended, None)
+    gate_BTNV = None
+    if config.use_gate:
+        gate_BTNV = jax.nn.sigmoid(project("BTD,DNV->BTNV", call.query_BTD, params["gate"]))
+        context_BTNV *= _of_real_queries(gate_BTNV, call.mask)
+    output_BTE = project("BTNV,NVE->BTE", context_BTNV, _flat_output(params["attention_output"]))
+    if isinstance(cache, KVCache):
+        wrong_BT = misplaced(call.mask.key_padding, cache, folding.T)
+        output_BTE = jnp.where(wrong_BT[..., None], jnp.nan, output_BTE)
+    output_shape = params["attention_output"]["kernel"].shape[2:]
+    unfold = functools.partial(_unfold, folding, flags)
+    return Activations(
+        query=unfold(query_BTNH, folding.targets),
+        key=unfold(view.key_BSKH, folding.sources),
+        value=unfold(view.value_BSKV, folding.sources),
+        gate=unfold(gate_BTNV, folding.targets),
+        output=folding.unfold(output_BTE, folding.targets, output_shape),
+        attention_scores=None if weights_BNTS is None else _unfold_scores(folding, weights_BNTS),
+        cache=new_cache,
+    )
+
+
+def _view(
+    params: ParamsLike, call: Call, config: MultiHeadAttentionConfig, flags: Flags, cache: Any
+) -> tuple[View, Any]:
+    """What the queries may see: this call's keys, a cache that grows by them, or an encoder's."""
+    if isinstance(cache, CrossCache):
+        view, S = view_of_source(cache, call.mask, call.bias_bnts), cache.key.shape[-2]
+        return view._replace(distance_bias=distance_bias(params, config, call.folding.T, S)), cache
+    key_BSKH, value_BSKV = key_heads(params, call, config), value_heads(params, call)
+    T, S = call.folding.T, call.folding.S
+    if cache is None:
+        bias = distance_bias(params, config, T, S)
+        return View(key_BSKH, value_BSKV, call.mask, call.bias_bnts, bias), None
+    real_BT = call.mask.key_padding
+    count_B = (
+        jnp.full(call.folding.B, T, "int32") if real_BT is None else real_BT.sum(1, dtype="int32")
+    )
+    news = News(key_BSKH, value_BSKV, count_B, flags.use_causal_mask, config.sliding_window)
+    bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
+    cache, view = extend(cache, news, bias)
+    return view, cache
+
+
+def _unfold_scores(folding: Folding, weights_BNTS: Array | None) -> Array | None:
+    """Keras's order; over a cache's slots the keys are one axis."""
+    if weights_BNTS is None:
+        return None
+    if weights_BNTS.shape[-1] == folding.S:
+        return folding.unfold_scores(weights_BNTS)
+    return weights_BNTS.reshape(*folding.batch, *weights_BNTS.shape[1:])
+
+
+def _of_real_queries(gate_BTNV: Array, mask: Mask) -> Array:
+    """The gate with zeros at removed queries, whose NaN times a context of 0 would be NaN."""
+    if mask.query_padding is None:
+        return gate_BTNV
+    return jnp.where(as_rank(mask.query_padding, gate_BTNV.ndim), gate_BTNV, 0)
+
+
+def _flat_output(projection: Any) -> dict[str, Array]:
+    """The output projection with its feature axes merged: NVE and E."""
+    N, V, *features = projection["kernel"].shape
+    shapes = {"kernel": (N, V, math.prod(features)), "bias": (math.prod(features),)}
+    return {leaf: array.reshape(shapes[leaf]) for leaf, array in projection.items()}
+
+
+def _unfold(folding: Folding, flags: Flags, x: Array | None, lengths: Shape) -> Array | None:
+    """A projection with its input's leading axes, where projections were asked for."""
+    if x is None or not flags.return_projections:
+        return None
+    return folding.unfold(x, lengths, x.shape[2:])

@@ -1,0 +1,78 @@
+"""Where queries and keys stand: positions for rotary embedding, distances for biases."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_mha.attention import DistanceBias
+from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core import checks
+from flax_mha.core.folding import Folding
+from flax_mha.core.typing import Array, ParamsLike
+from flax_mha.positions import DistanceFunction, Rotary
+
+
+class Positions(NamedTuple):
+    """Integers `[b, T]` and `[b, S]`, where b is 1 or B; None where nothing reads them."""
+
+    query_bT: Array | None
+    key_bS: Array | None
+
+
+def positions_of(
+    positions: Any,
+    segment_ids: Any,
+    folding: Folding,
+    config: MultiHeadAttentionConfig,
+    offset_B: Array | None = None,
+) -> Positions:
+    """The caller's; or those in each segment; or 0, 1, ... from the cache's length on."""
+    if not isinstance(config.position, Rotary):
+        if positions is not None:
+            rule = "`positions` are read by rotary embedding alone."
+            evidence = f"positions, and position={config.position} in the config"
+            checks.fail(ValueError, rule, evidence, 'Set `position="rotary"`.')
+        return Positions(None, None)
+    if positions is not None:
+        return Positions(*folded_pair("positions", positions, folding))
+    if segment_ids is not None:
+        return Positions(*(restarted(x) for x in folded_pair("segment_ids", segment_ids, folding)))
+    counted = (jnp.arange(size, dtype="int32")[None] for size in (folding.T, folding.S))
+    offset_B1 = 0 if offset_B is None else offset_B[:, None]
+    return Positions(*(index_1L + offset_B1 for index_1L in counted))
+
+
+def distance_bias(
+    params: ParamsLike, config: MultiHeadAttentionConfig, T: int, S: int, reach: int = 0
+) -> DistanceBias | None:
+    """The bias of every distance between T queries, whose first is at most `reach`, and S keys."""
+    if not isinstance(config.position, DistanceFunction):
+        return None
+    first = 1 - T - reach
+    embedding = params["relative_bias"]["embedding"] if "relative_bias" in params else None
+    values_NL = config.position(np.arange(first, max(S, first + 1)), config.num_heads, embedding)
+    return DistanceBias(values_NL, first=first)
+
+
+def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:
+    """Integers `[b, T]` and `[b, S]`, from one array for self-attention or from a pair."""
+    if checks.is_array(value):
+        if folding.targets != folding.sources:
+            rule = f"`{name}` must be a pair (queries [B, T], keys [B, S]) where T != S."
+            checks.fail(ValueError, rule, f"one array, T={folding.targets}, S={folding.sources}")
+        value = (value, value)
+    query, key = (checks.integer_ids(name, array) for array in value)
+    return (
+        folding.fold_padding(name, query, folding.targets, "T"),
+        folding.fold_padding(name, key, folding.sources, "S"),
+    )
+
+
+def restarted(ids_bT: Array) -> Array:
+    """Positions that begin at 0 anew wherever the segment id changes, `[b, T]`."""
+    index_bT = jnp.broadcast_to(jnp.arange(ids_bT.shape[1], dtype="int32")[None], ids_bT.shape)
+    changes_bT = jnp.pad(ids_bT[:, 1:] != ids_bT[:, :-1], ((0, 0), (1, 0)))
+    start_bT = jax.lax.cummax(jnp.where(changes_bT, index_bT, 0), axis=1)
+    return index_bT - start_bT

@@ -1,0 +1,81 @@
+"""x . kernel + bias, written as XLA's CPU runs and compiles it best.
+
+The einsum over a kernel of rank 3 makes XLA copy operands and results into other layouts, forward
+and backward, and each copy is a loop to compile: 73 ms for one projection's gradients, 47 ms as it
+stands here. As a plain product of matrices, XLA turns the kernel's gradient, a sum over B and T,
+into one that reads both operands across their rows: 18 ms where 9 are enough (4096 x 512 x 512).
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from flax_mha.core.platform import on_cpu
+from flax_mha.core.typing import Array, DType
+
+
+def project(
+    equation: str, x: Array, projection: Any, *, dtype: DType, precision: Any, isolate: bool
+) -> Array:
+    """x . kernel + bias in the compute dtype.
+
+    With `isolate`, a position that holds NaN or Inf passes the product as zeros and is NaN behind
+    it: its NaN times a zero cotangent would otherwise reach the kernel's gradient.
+    """
+    kernel = projection["kernel"].astype(dtype)
+    safe = x
+    if isolate:
+        finite_BT = jnp.isfinite(x).all(tuple(range(2, x.ndim)))
+        safe = jnp.where(as_rank(finite_BT, x.ndim), x, 0)
+    y = contract(equation, safe.astype(dtype), kernel, precision)
+    if "bias" in projection:
+        y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
+    return jnp.where(as_rank(finite_BT, y.ndim), y, jnp.nan) if isolate else y
+
+
+def as_rank(x_BT: Array, rank: int) -> Array:
+    return x_BT.reshape(*x_BT.shape, *(1,) * (rank - 2))
+
+
+def contract(equation: str, x: Array, kernel: Array, precision: Any) -> Array:
+    """The einsum `equation` of x `[B, T, ...]` and a kernel, in any derivative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> contract("BTNV,NVE->BTE", jnp.ones((2, 5, 3, 4)), jnp.ones((3, 4, 7)), None).shape
+        (2, 5, 7)
+    """
+    if not on_cpu():
+        return jnp.einsum(equation, x, kernel, precision=precision)
+    operand, result = equation.split(",")[0], equation.split("->")[1]
+    summed = sum(letter not in result for letter in operand)
+    F, G = math.prod(kernel.shape[:summed]), math.prod(kernel.shape[summed:])
+    # B and T stay apart: merged, an axis that is sharded over a mesh would have to be gathered.
+    y_BTG = _product(precision, x.reshape(*x.shape[:2], F), kernel.reshape(F, G))
+    return y_BTG.reshape(*x.shape[:2], *kernel.shape[summed:])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(precision: Any, x_BTF: Array, kernel_FG: Array) -> Array:
+    return jnp.einsum("BTF,FG->BTG", x_BTF, kernel_FG, precision=precision)
+
+
+def _tangent(precision: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """d(x . kernel) = dx . kernel + x . dkernel, where the barrier keeps dkernel transposed."""
+    x_BTF, kernel_FG = primals
+    dx_BTF, dkernel_FG = tangents
+    y_BTG = _product(precision, x_BTF, kernel_FG)
+    dy_BTG = jnp.zeros_like(y_BTG)
+    if not isinstance(dx_BTF, SymbolicZero):
+        dy_BTG = _product(precision, dx_BTF, kernel_FG)
+    if not isinstance(dkernel_FG, SymbolicZero):
+        dkernel_GF = jax.lax.optimization_barrier(dkernel_FG.T)
+        dy_BTG += jnp.einsum("BTF,GF->BTG", x_BTF, dkernel_GF, precision=precision)
+    return y_BTG, dy_BTG
+
+
+_product.defjvp(_tangent, symbolic_zeros=True)

@@ -1,0 +1,15 @@
+"""Position in attention: rotary embedding, ALiBi, T5's relative bias.
+
+`Rotary` turns queries and keys; `Alibi` and `RelativeBias` add to the logits a number that depends
+on head and distance alone, so that no `[T, S]` array is made.
+"""
+
+from flax_mha.positions.identifiers import Alibi as Alibi
+from flax_mha.positions.identifiers import DistanceFunction as DistanceFunction
+from flax_mha.positions.identifiers import RelativeBias as RelativeBias
+from flax_mha.positions.identifiers import alibi_slopes as alibi_slopes
+from flax_mha.positions.rotary import LinearScaling as LinearScaling
+from flax_mha.positions.rotary import Llama3Scaling as Llama3Scaling
+from flax_mha.positions.rotary import Rotary as Rotary
+from flax_mha.positions.rotary import Scaling as Scaling
+from flax_mha.positions.rotary import YarnScaling as YarnScaling

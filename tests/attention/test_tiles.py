@@ -1,0 +1,135 @@
+"""Which blocks are visited: exactly those that the band leaves, and whole ones without a mask."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, normal
+
+from flax_mha import Mask, dot_product_attention
+from flax_mha.attention.blockwise.tile_sizes import tiling_of
+from flax_mha.attention.blockwise.tiles import Tile, Tiling, allowed, key_spans, query_spans
+from flax_mha.attention.contract import Inputs
+
+LENGTHS = [(13, 13), (13, 22), (22, 13), (16, 16), (1, 9)]
+BLOCKS = [(4, 4), (4, 8), (8, 4), (5, 12), (32, 32)]
+BANDS = [(None, None), (None, 0), (0, None), (3, 3), (0, 0), (7, 0), (None, 5), (1, None)]
+
+
+def tile_of(array, i, j, tiling):
+    return array[i * tiling.t : (i + 1) * tiling.t, j * tiling.s : (j + 1) * tiling.s]
+
+
+def visited(spans):
+    """{block: whether it is masked}; a block visited twice would count twice in the softmax."""
+    blocks = [(int(n), span.masked) for span in spans for n in range(span.start, span.stop)]
+    assert len({n for n, _ in blocks}) == len(blocks)
+    return dict(blocks)
+
+
+@pytest.mark.parametrize("offsets", [[0], [5], [-4], [-4, 0, 5]], ids=str)
+@pytest.mark.parametrize("band", BANDS, ids=str)
+def test_spans_are_the_blocks_that_the_band_leaves(band, offsets):
+    """Of several examples, the blocks that any of them needs; masked unless whole for all."""
+    B = len(offsets)
+    for (T, S), (t, s) in itertools.product(LENGTHS, BLOCKS):
+        tiling = Tiling(B=B, K=1, G=1, T=T, S=S, b=B, k=1, t=t, s=s)
+        mask = Mask(band=band, query_offset=jnp.array(offsets))
+        # With the rows that fill the last query block, as the loops see them.
+        full = np.asarray(mask.as_array(tiling.query_blocks * t, S))[:, 0]
+        for i, j in itertools.product(range(tiling.query_blocks), range(tiling.key_blocks)):
+            tiles = [tile_of(example, i, j, tiling) for example in full]
+            of_keys = visited(key_spans(tiling, mask, jnp.int32(0), jnp.int32(i)))
+            of_queries = visited(query_spans(tiling, mask, jnp.int32(0), jnp.int32(j)))
+            needed = any(tile.any() for tile in tiles)
+            for seen, block, blocks in (
+                (of_keys, j, tiling.key_blocks),
+                (of_queries, i, tiling.query_blocks),
+            ):
+                exact = blocks > 1 and B == 1  # the one block there is, is never left out
+                assert block in seen if needed else not (exact and block in seen), (T, S, t, s)
+                if not seen.get(block, True):
+                    assert all(tile.all() for tile in tiles), "an unmasked tile must be whole"
+                    assert tiles[0].shape[1] == s, "and must not reach behind the last key"
+
+
+def test_causal_visits_half_of_the_tiles_and_masks_the_diagonal_alone():
+    tiling = Tiling(B=1, K=1, G=1, T=64, S=64, b=1, k=1, t=8, s=8)
+    seen = [visited(key_spans(tiling, Mask.causal(), jnp.int32(0), jnp.int32(i))) for i in range(8)]
+    assert [len(blocks) for blocks in seen] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [sum(blocks.values()) for blocks in seen] == [1] * 8
+
+
+@pytest.mark.parametrize(("b", "k"), [(1, 1), (1, 3), (2, 3), (4, 3)])
+def test_a_tile_s_mask_is_the_mask_s_tile(b, k):
+    B, K, G, T, S, t, s = 4, 3, 2, 16, 16, 8, 4
+    rng = np.random.default_rng(0)
+    padding, ids = rng.random((B, T)) < 0.7, rng.integers(0, 3, (B, T))
+    mask = Mask.causal(jnp.array([0, 3, -2, 5])) & Mask.padding(padding, padding)
+    mask &= Mask.segments(ids, ids) & Mask.dense(rng.random((B, K * G, T, S)) < 0.8)
+    mask &= Mask.dense(rng.random((1, K * G, 1, S)) < 0.9)
+    tiling = Tiling(B=B, K=K, G=G, T=T, S=S, b=b, k=k, t=t, s=s)
+    whole = np.asarray(mask.as_array(T, S)).reshape(B, K, G, T, S)
+    corners = itertools.product(*(range(0, n, step) for n, step in zip((B, K, T, S), (b, k, t, s))))
+    for corner in corners:
+        got = np.asarray(allowed(tiling, mask, Tile(*map(jnp.int32, corner))))
+        expected = whole[
+            corner[0] : corner[0] + b,
+            corner[1] : corner[1] + k,
+            :,
+            corner[2] : corner[2] + t,
+            corner[3] : corner[3] + s,
+        ]
+        np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
+
+
+def sizes_of(T, S, *, B=1, N=8, K=None, H=64, mask=None, block_sizes=None):
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    inputs = Inputs(
+        query_BTNH=shape(B, T, N, H),
+        key_BSKH=shape(B, S, K or N, H),
+        value_BSKV=shape(B, S, K or N, H),
+        mask=mask or Mask(),
+    )
+    tiling = tiling_of(inputs, block_sizes)
+    return tiling.b, tiling.k, tiling.t, tiling.s
+
+
+def test_a_tile_on_cpu_is_large_enough_for_two_cores_and_small_enough_for_the_cache():
+    assert sizes_of(4096, 4096) == (1, 1, 1024, 1024)
+    assert sizes_of(4096, 4096, mask=Mask.causal()) == (1, 4, 512, 512)
+    assert sizes_of(4096, 4096, mask=Mask.window(255, 255)) == (1, 8, 256, 256)
+    assert sizes_of(4096, 4096, mask=Mask.window(99, 0)) == (1, 8, 128, 128)
+    assert sizes_of(4096, 4096, mask=Mask.window(None, 0)) == (1, 4, 512, 512)
+    assert sizes_of(512, 512, B=8) == (1, 4, 512, 512)
+    assert sizes_of(128, 128, B=32) == (4, 8, 128, 128)
+    assert sizes_of(64, 64, B=64) == (8, 8, 64, 64)
+    assert sizes_of(4096, 4096, K=1) == (1, 1, 128, 1024)  # 8 heads share a key: 1024 rows
+    assert sizes_of(300, 1100, B=7, N=5) == (1, 5, 304, 552)
+    assert sizes_of(8, 8, B=7, N=5, block_sizes=(4, 4)) == (7, 5, 4, 4)
+
+
+def test_elsewhere_examples_and_heads_are_never_cut(monkeypatch):
+    """A sharded axis that a loop cuts would be gathered on every device."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert sizes_of(4096, 4096, B=16) == (16, 8, 512, 512)
+    assert sizes_of(130, 4096, B=3, K=2, mask=Mask.causal()) == (3, 2, 72, 512)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_numbers_are_the_same_elsewhere(monkeypatch, is_causal):
+    """The tiling of other backends, run on this one."""
+    arrays = [normal(seed, 2, 40, heads, 8) for seed, heads in ((0, 6), (1, 3), (2, 3))]
+    call = dict(implementation="blockwise", block_sizes=(16, 8), is_causal=is_causal)
+
+    def loss(arrays):
+        context = dot_product_attention(*arrays, **call)
+        return (context**2).sum(), context
+
+    expected = jax.grad(loss, has_aux=True)(arrays)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.tree.map(
+        lambda a, b: assert_close(a, b, "float32"), jax.grad(loss, has_aux=True)(arrays), expected
+    )
