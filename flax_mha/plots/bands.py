@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flax_mha.core import checks
-from flax_mha.plots.figure import CHARACTER, Side, new_figure, set_ticks
+from flax_mha.core.typing import Array
+from flax_mha.plots.checks import weights_NTS
+from flax_mha.plots.figure import CHARACTER, Side, import_matplotlib, new_figure, set_ticks
+from flax_mha.plots.labels import head_names, labels_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Of Okabe and Ito, apart for colour-blind readers; without their yellow, too faint on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
@@ -18,15 +24,57 @@ _FONT = 10.0
 _MAX_INCHES = 14.0
 
 
-def draw(
+def plot_bands(
+    scores: Array | np.ndarray,
+    query_labels: Sequence[str] | None = None,
+    key_labels: Sequence[str] | None = None,
+    *,
+    head_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    threshold: float | None = None,
+) -> Figure:
+    """Queries on the left, keys on the right, joined by bands: the wider and darker, the more.
+
+    Args:
+        scores: weights `[T, S]` or `[N, T, S]`, N at most 8; one colour a head.
+        query_labels: T strings; a string stands for its characters. None = positions.
+        key_labels: S strings; None = positions.
+        head_labels: N strings; None = "head 0", "head 1" and so on.
+        title: above all.
+        threshold: weights below are not drawn; None = a tenth of the largest. The picture says it.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: as `plot_attention`; more than 8 heads.
+        TypeError: as `plot_attention`.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax_mha.plots import plot_bands
+        >>> figure = plot_bands(np.array([[0.75, 0.25], [0.0, 1.0]]), ["a", "b"], ["A", "B"])
+        >>> len(figure.axes[0].collections[0].get_paths())
+        3
+    """
+    import_matplotlib()
+    weights = weights_NTS(scores)
+    N, T, S = weights.shape
+    queries = Side("query", T, labels_of("query_labels", query_labels, T, "T"))
+    keys = Side("key", S, labels_of("key_labels", key_labels, S, "S"))
+    names = head_names(head_labels, scores.ndim == 2, N)
+    return _draw(weights, queries, keys, names, title, threshold)
+
+
+def _draw(
     weights_NTS: np.ndarray,
     queries: Side,
     keys: Side,
     names: Sequence[str],
     title: str | None,
     threshold: float | None,
-) -> Any:
-    """The figure of `plots.plot_bands`."""
+) -> Figure:
     _few_heads(len(names))
     largest = float(weights_NTS.max()) or 1.0  # nothing is drawn where all are 0
     least = _threshold(threshold, largest)

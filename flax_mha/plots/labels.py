@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flax_mha.core import checks
+from flax_mha.plots.checks import panel_count
 
 _VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 _LONGEST = 24
@@ -61,3 +62,10 @@ def step_between(count: int, fits: float) -> int:
     wanted = count / max(fits, 1)
     power = 10 ** max(math.floor(math.log10(wanted)), 0) if wanted > 1 else 1
     return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= wanted)
+
+
+def head_names(labels: Any, is_single: bool, N: int) -> list[str]:
+    """What stands above the panels of N heads."""
+    panel_count(N, "head")
+    given = labels_of("head_labels", labels, N, "N")
+    return given or ([""] if is_single else [f"head {n}" for n in range(N)])

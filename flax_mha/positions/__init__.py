@@ -4,12 +4,12 @@
 on head and distance alone, so that no `[T, S]` array is made.
 """
 
-from flax_mha.positions.identifiers import Alibi as Alibi
-from flax_mha.positions.identifiers import DistanceFunction as DistanceFunction
-from flax_mha.positions.identifiers import RelativeBias as RelativeBias
-from flax_mha.positions.identifiers import alibi_slopes as alibi_slopes
-from flax_mha.positions.rotary import LinearScaling as LinearScaling
-from flax_mha.positions.rotary import Llama3Scaling as Llama3Scaling
+from flax_mha.positions.alibi import Alibi as Alibi
+from flax_mha.positions.alibi import alibi_slopes as alibi_slopes
+from flax_mha.positions.distance import DistanceFunction as DistanceFunction
+from flax_mha.positions.relative_bias import RelativeBias as RelativeBias
 from flax_mha.positions.rotary import Rotary as Rotary
-from flax_mha.positions.rotary import Scaling as Scaling
-from flax_mha.positions.rotary import YarnScaling as YarnScaling
+from flax_mha.positions.scalings import LinearScaling as LinearScaling
+from flax_mha.positions.scalings import Llama3Scaling as Llama3Scaling
+from flax_mha.positions.scalings import Scaling as Scaling
+from flax_mha.positions.scalings import YarnScaling as YarnScaling

@@ -1,0 +1,56 @@
+"""ALiBi: attention with linear biases."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flax_mha.core.typing import Array
+from flax_mha.positions.distance import DistanceFunction
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi(DistanceFunction):
+    """Attention with linear biases: without parameters, what is farther counts less.
+
+        bias[n, t, s] = -slope_n |t - s|          slope_n: `alibi_slopes`
+
+    Reference: Press et al., "Train Short, Test Long", https://arxiv.org/abs/2108.12409.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax_mha.positions import Alibi
+        >>> Alibi()(np.array([-2, -1]), num_heads=2).tolist()
+        [[-0.125, -0.0625], [-0.0078125, -0.00390625]]
+    """
+
+    def __call__(self, distance_L: np.ndarray, num_heads: int, embedding: Any = None) -> Array:
+        return jnp.asarray(-alibi_slopes(num_heads)[:, None] * abs(distance_L), "float32")
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The slopes of `Alibi`: 2^(-8 n / N) for n = 1..N.
+
+    Where N is no power of two, the slopes of the power P below it come first, then every second
+    one of 2 P, as in the paper's code.
+
+    Args:
+        num_heads: N, at least 1.
+
+    Returns:
+        float64 `[N]`.
+
+    Raises:
+        ValueError: N below 1, from `math.log2`.
+
+    Example:
+        >>> from flax_mha.positions import alibi_slopes
+        >>> alibi_slopes(4).tolist()
+        [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    exact = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    return np.concatenate([exact, between[: num_heads - power]])
