@@ -1,6 +1,7 @@
 """What there is: `python -m flax_mha` prints names, implementations, commands and the platform.
 
 All of it is read from the package itself: names from `__init__.py`, lines from docstrings.
+`python -m flax_mha guide TOPIC` prints a page about one thing.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import jax
 
 import flax_mha
 from flax_mha.attention.choice import RULE
+from flax_mha.guides import pages
 
 # A heading and the files whose names stand below it; the names are those of `__init__.py`.
 GROUPS = {
@@ -33,7 +35,7 @@ NAMES = 26  # the columns of a name, before its line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the overview; returns the exit code.
+    """Prints the overview, or a guide; returns the exit code.
 
     Example:
         >>> main([])  # doctest: +ELLIPSIS
@@ -45,9 +47,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Prints what the package holds and what it runs on.",
         epilog=f"To run something: {', '.join(f'python -m {name}' for name in commands())}.",
     )
-    parser.parse_args(arguments)
-    print("\n".join(overview()))
+    guide = parser.add_subparsers(dest="command").add_parser("guide", help="prints a guide")
+    guide.add_argument(
+        "topic", nargs="?", metavar="TOPIC", help="which guide; left out, the topics are listed"
+    )
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        print("\n".join(overview()))
+    else:
+        print_guide(given.topic, guide)
     return 0
+
+
+def print_guide(topic: str | None, parser: argparse.ArgumentParser) -> None:
+    """Prints the page of a topic, or the list of topics; what is neither is the parser's error."""
+    if topic is None:
+        print("\n".join(list_of_guides()).lstrip())
+        return
+    try:
+        pages.show(topic)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def list_of_guides() -> Iterator[str]:
+    """The topics of the guides, each with its sentence."""
+    return section("Guides (python -m flax_mha guide TOPIC)", pages.topics())
 
 
 def overview() -> Iterator[str]:
@@ -61,6 +86,7 @@ def overview() -> Iterator[str]:
     yield from section("Imported by their own names", {m: summary(m) for m in submodules()})
     yield from section("Implementations of attention", implementations())
     yield from section("Commands", {f"python -m {name}": summary(name) for name in commands()})
+    yield from list_of_guides()
     yield from section("Here", here())
     yield from ("", "help(flax_mha.multi_head_attention), and of any other name, says more.")
 

@@ -30,7 +30,8 @@ FLOORS = [
     ["functional"],
     ["linen", "nnx"],
     ["__init__"],
-    ["__main__", "bench", "demo"],
+    ["guides", "bench", "demo"],
+    ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT = {

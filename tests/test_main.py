@@ -1,4 +1,7 @@
-"""`python -m flax_mha`: everything that there is, 80 columns wide, without any extra."""
+"""`python -m flax_mha`: everything that there is, 80 columns wide, without any extra.
+
+Its command `guide` is tested in tests/guides.
+"""
 
 import os
 import subprocess
@@ -9,6 +12,7 @@ import pytest
 import flax_mha
 from flax_mha import __main__ as overview
 from flax_mha.attention.choice import RULE
+from flax_mha.guides import pages
 
 PUBLIC = {
     name
@@ -46,11 +50,13 @@ def test_it_prints_everything_without_any_extra():
         "flax_mha.interop.keras",
     }
     assert PUBLIC | modules | {"reference", "blockwise", "None"} <= named
+    assert set(pages.topics()) <= named
     flat = " ".join(result.stdout.split())
     assert f"flax_mha {flax_mha.__version__}: Keras's MultiHeadAttention" in flat
     assert RULE in flat
     assert "python -m flax_mha.bench" in flat
     assert "python -m flax_mha.demo" in flat
+    assert "python -m flax_mha guide TOPIC" in flat
     assert "JAX runs on cpu: 1 x cpu" in flat
 
 
@@ -86,7 +92,8 @@ def test_a_platform_that_is_not_there_is_said():
     assert "JAX runs on nothing, with JAX_PLATFORMS=tpu" in " ".join(result.stdout.split())
 
 
-def test_it_takes_no_argument():
+def test_it_takes_no_other_argument():
     result = run("-m", "flax_mha", "train")
-    assert result.returncode == 2
-    assert "unrecognized arguments: train" in result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "invalid choice: 'train'" in result.stderr
+    assert "guide" in result.stderr

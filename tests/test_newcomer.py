@@ -21,7 +21,7 @@ from flax_mha import (
 )
 from flax_mha.interop.torch import mask_from_torch
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+FAQ = pathlib.Path(__file__).parents[1] / "flax_mha" / "guides" / "errors.md"
 B, T, S, D, M, C = 2, 5, 7, 32, 24, 16
 CONFIG = MultiHeadAttentionConfig(num_heads=4, key_dim=8, dropout=0.1)
 LAYER = MultiHeadAttention.from_config(CONFIG)
@@ -245,22 +245,22 @@ def test_an_nnx_layer_with_a_stream_needs_no_rngs_in_the_call():
     assert np.abs(layer(X, X, training=True) - layer(X, X)).max() > 0.01
 
 
-# --- the README ---------------------------------------------------------------------------------
+# --- the guide to errors ------------------------------------------------------------------------
 
 
-def quoted(readme):
-    """The rows of the FAQ's table of errors: mistake -> message."""
-    _, _, rest = readme.partition("| the mistake | the message |\n|---|---|\n")
+def quoted(page):
+    """The rows of the table of errors beside the FAQ: mistake -> message."""
+    _, _, rest = page.partition("| the mistake | the message |\n|---|---|\n")
     rows = rest.partition("\n\n")[0].splitlines()
     return dict(row.removeprefix("| ").removesuffix(" |").split(" | ", 1) for row in rows)
 
 
 def test_the_faq_quotes_every_message():
-    assert quoted(README.read_text()) == {m: message for m, (_, _, message) in MISTAKES.items()}
+    assert quoted(FAQ.read_text()) == {m: message for m, (_, _, message) in MISTAKES.items()}
 
 
 def test_a_message_that_the_faq_misquotes_is_found():
-    text = README.read_text()
+    text = FAQ.read_text()
     changed = text.replace("Did you swap value and key?", "Did you swap key and value?")
     assert changed != text
     assert quoted(changed) != quoted(text)

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, and what it prints stands in its comments."""
+"""Every Python block of the README and of the guides runs, and prints what its comments say."""
 
 import pathlib
 import re
@@ -6,18 +6,34 @@ import re
 import jax
 import pytest
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "flax_mha" / "guides").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = {
+    f"{page.stem}-{i}": (page.name, block)
+    for page in PAGES
+    for i, block in enumerate(blocks(page), start=1)
+}
 
 
 def test_blocks_are_found():
-    assert len(BLOCKS) == README.count("```python") >= 4
+    found = {page.stem: len(blocks(page)) for page in PAGES}
+    assert found == {page.stem: page.read_text().count("```python") for page in PAGES}
+    assert found["README"] >= 1
+    assert len(BLOCKS) == sum(found.values()) >= 14
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[2][:40] for block in BLOCKS])
-def test_block_runs_and_prints_what_it_says(block, capsys):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_runs_and_prints_what_it_says(name, capsys):
+    page, block = BLOCKS[name]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), {})
     promised = [line.split("#", 1)[1].strip() for line in block.splitlines() if "print(" in line]
     assert capsys.readouterr().out.splitlines() == promised
 
