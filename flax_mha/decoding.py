@@ -43,6 +43,8 @@ def init_cache(
 
     Memory: 2 K S H numbers an example, S = min(capacity, sliding_window).
 
+    Guide: `python -m flax_mha guide decoding`.
+
     Example:
         >>> import jax, flax_mha
         >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16, num_kv_heads=2)

@@ -1,4 +1,4 @@
-"""The flax.linen module: fields, parameters and rng streams around the pure function."""
+"""The flax.linen module around the pure function; see `python -m flax_mha guide in_flax`."""
 
 from typing import Any
 

@@ -43,6 +43,8 @@ class Mask:
 
     Memory: what the arrays hold. Only `as_array` makes T x S booleans.
 
+    Guide: `python -m flax_mha guide masks`.
+
     Differs from boolean arrays: (1) no `[T, S]`; (2) queries and keys that padding or segments
     remove may hold NaN.
 

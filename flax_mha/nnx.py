@@ -52,7 +52,7 @@ class MultiHeadAttention(nnx.Module):
     A call takes what `help(flax_mha.multi_head_attention)` lists, with `training` and `rngs` in
     place of `config` and `dropout_key`.
 
-    Memory: as `multi_head_attention`.
+    Memory: as `multi_head_attention`. Guide: `python -m flax_mha guide in_flax`.
 
     Differs from Keras: (1) sizes are arguments, for nnx makes parameters at once; (2) a new layer
     is in evaluation mode. Differs from flax.nnx.MultiHeadAttention: (1) dropout with neither mode

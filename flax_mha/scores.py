@@ -51,6 +51,8 @@ def attention_scores(
 
     Memory: O(B N R S) and the projections; the `[T, S]` matrix never exists.
 
+    Guide: `python -m flax_mha guide long_context`.
+
     Example:
         >>> import jax, jax.numpy as jnp, flax_mha
         >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=16)

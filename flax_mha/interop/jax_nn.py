@@ -62,6 +62,8 @@ def dot_product_attention(
 
     Memory: O(T + S) from 96 x 96 on; lengths, causal and window never become a `[T, S]` array.
 
+    Guide: `python -m flax_mha guide drop_ins`.
+
     Differs from jax.nn: (1) a query that may attend nowhere gets context 0 and residual -inf, not
     mean(value); (2) V may differ from H; (3) NaN beyond a length goes nowhere; (4) bounds of a
     window are not negative; (5) `local_window_size` alone acts (in jax 0.7 it does not).

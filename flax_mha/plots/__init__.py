@@ -2,7 +2,7 @@
 
 Every function returns a `matplotlib.figure.Figure` that is not registered with pyplot: as the value
 of a notebook's cell it is shown, and `figure.savefig("name.png")` writes it. matplotlib is
-optional: `pip install 'flax_mha[plots]'`.
+optional: `pip install 'flax_mha[plots]'`. Guide: `python -m flax_mha guide pictures`.
 """
 
 from flax_mha.plots.bands import plot_bands as plot_bands

@@ -92,6 +92,15 @@ def test_the_readme_leads_to_every_guide():
     assert sorted(found) == sorted(FILES)
 
 
+def test_the_docstrings_lead_to_every_guide():
+    sources = [path.read_text() for path in (ROOT / "flax_mha").rglob("*.py")]
+    lines = [line for text in sources for line in text.splitlines() if "flax_mha guide " in line]
+    named = set(re.findall(r"\b[a-z_]+\b", " ".join(line.partition("guide ")[2] for line in lines)))
+    assert named >= set(FILES)
+    told = re.findall(r"flax_mha guide ([a-z_]+)", "\n".join(lines))
+    assert set(told) <= set(FILES)
+
+
 # --- what a page looks like ---------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ attention_fn                       for attention_fn= of flax.linen's and flax.nn
 from_flax_params, to_flax_params   a parameter dict of flax.linen (from_: of flax.nnx too)
 from_linen_module                  config and parameters of a flax.linen attention layer
 from_nnx_module, to_nnx_state      config and parameters of an nnx.MultiHeadAttention
+
+Guides: `python -m flax_mha guide drop_ins` and `porting`.
 """
 
 from flax_mha.interop.flax.attention import attention_fn as attention_fn

@@ -1,7 +1,7 @@
 """Keras weights and Keras files, in and out; Keras itself need not be installed.
 
 Keras's arrays have the axes of `flax_mha.params.LETTERS`, so nothing is split or transposed. Files
-need h5py: `pip install 'flax_mha[keras]'`.
+need h5py: `pip install 'flax_mha[keras]'`. Guide: `python -m flax_mha guide porting`.
 """
 
 from flax_mha.interop.keras.files import KerasLayer as KerasLayer

@@ -9,6 +9,8 @@
 Weights are carried as they are. What else a model does to its queries and keys is not in them: a
 Llama rotates both (its checkpoints on the Hugging Face hub have each head's features in two halves,
 `[first of all pairs, second of all pairs]`, not interleaved), a T5 does not scale the logits.
+
+Guide: `python -m flax_mha guide porting`.
 """
 
 from flax_mha.interop.torch.masks import mask_from_torch as mask_from_torch
