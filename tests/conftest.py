@@ -30,6 +30,7 @@ THINNED = {
     "keras/test_constraints.py": 5,
     "test_decoding.py": 3,
     "attention/test_dropout.py": 4,
+    "attention/test_shifts.py": 17,
     "interop/flax/test_attention_fn.py": 3,
     "keras/test_initializers.py": 5,
     "interop/test_jax_nn.py": 3,

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.distance import DistanceBias
-from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.typing import Array, DType, PRNGKey
+from flax_mha.core.typing import Array, PRNGKey
 from flax_mha.masks import Mask
 
 
@@ -47,15 +46,6 @@ class Options:
     return_residuals: bool = False
     block_sizes: tuple[int, int] | None = None
 
-    def scales(self, dtype: DType) -> tuple[float, float]:
-        """(factor of the query, factor of the product), whose product is `scale`.
-
-        Scaling the query makes the product final: where XLA fuses a factor into what follows, it
-        rounds once for the maximum and once for the exponent, and beyond 2^24 they differ by more
-        than 1. A 16-bit query would be rounded once more, which doubles the error of the context.
-        """
-        return (self.scale, 1.0) if dtype == wide_dtype(dtype) else (1.0, self.scale)
-
 
 class Residuals(NamedTuple):
     """The softmax's float32 remainders, enough to merge partial results over keys.
@@ -78,15 +68,14 @@ class Residuals(NamedTuple):
     row_sum_BNT: Array
 
 
+def shift_of(row_max: Array) -> Array:
+    """What a row's logits are shifted by: -inf - (-inf) would be NaN where nothing is attended."""
+    return jnp.where(jnp.isneginf(row_max), 0, row_max)
+
+
 class Output(NamedTuple):
     """`context` always; weights (before dropout) and residuals where they were asked for."""
 
     context_BTNV: Array
     weights_BNTS: Array | None = None
     residuals: Residuals | None = None
-
-
-def soft_capped(logits: Array, options: Options) -> Array:
-    """cap tanh(logits / cap), which stays within (-cap, cap); the logits where there is no cap."""
-    cap = options.soft_cap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)

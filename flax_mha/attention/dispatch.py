@@ -52,7 +52,8 @@ def dot_product_attention(
         mask: a `Mask`, or booleans that broadcast to `[..., N, T, S]`; True = may attend.
         bias: floats that broadcast to `[..., N, T, S]`, added to the scaled logits.
         distance_bias: a `DistanceBias`, added likewise: floats by head and distance alone.
-        sinks: floats `[N]`, a logit for each head that attends to nothing and joins the softmax.
+        sinks: floats `[N]`, a logit for each head that attends to nothing and joins the softmax;
+            -inf = none. Of parts that are merged, one takes them.
         soft_cap: the scaled product becomes soft_cap * tanh(product / soft_cap), before biases.
         scale: factor of the logits; None = 1 / sqrt(H).
         is_causal: no key after the query, aligned top-left.

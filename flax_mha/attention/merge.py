@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention.contract import Residuals
+from flax_mha.attention.contract import Residuals, shift_of
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
 
@@ -20,6 +20,8 @@ def merge(first: Partial, second: Partial) -> Partial:
         first: `(context [..., T, N, V], Residuals [..., N, T])`, as `dot_product_attention`
             returns with `return_residuals=True`.
         second: the same queries over other keys.
+
+    A sink is one more key: give `sinks` to one of the parts, or it counts twice.
 
     Returns:
         The pair for all keys. A query that neither part served has context 0 and row_sum 0.
@@ -44,10 +46,8 @@ def merge(first: Partial, second: Partial) -> Partial:
     # The result is the same for every shift: no gradient passes through it.
     row_maxs_NT = [jax.lax.stop_gradient(residuals.row_max_BNT) for _, residuals in partials]
     row_max_NT = jnp.maximum(*row_maxs_NT)
-    # -inf - (-inf) would be NaN: a row that no part served is shifted by 0.
-    shift_NT = jnp.where(jnp.isneginf(row_max_NT), 0, row_max_NT)
     decays_NT = [
-        residuals.row_sum_BNT * jnp.exp(one_NT - shift_NT)
+        residuals.row_sum_BNT * jnp.exp(one_NT - shift_of(row_max_NT))
         for (_, residuals), one_NT in zip(partials, row_maxs_NT)
     ]
     row_sum_NT = decays_NT[0] + decays_NT[1]

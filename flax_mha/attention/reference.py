@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.attention import dropout
-from flax_mha.attention.contract import Inputs, Options, Output, Residuals, soft_capped
+from flax_mha.attention.contract import Inputs, Options, Output, Residuals, shift_of
+from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
 
@@ -30,14 +31,16 @@ def _logits(inputs: Inputs, options: Options) -> Array:
     """scale query . key (capped) + bias where allowed, -inf elsewhere; in float32 at least."""
     (B, T, N, _), (_, S, _, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     einsum = _einsum(inputs.query_BTNH, options)
-    of_query, of_product = options.scales(inputs.query_BTNH.dtype)
-    rows_BKRH = _rows(inputs) * of_query
-    if T == 1:  # the keys first: the other way XLA's CPU would transpose a whole cache of them
-        logits_BKSR = einsum("BSKH,BKRH->BKSR", inputs.key_BSKH, rows_BKRH)
-        logits_BKRS = logits_BKSR.swapaxes(2, 3)
-    else:
-        logits_BKRS = einsum("BKRH,BSKH->BKRS", rows_BKRH, inputs.key_BSKH)
-    logits_BNTS = soft_capped(logits_BKRS.reshape(B, N, T, S) * of_product, options)
+    of_query, _ = scales(options, inputs.query_BTNH.dtype)
+
+    def multiply(rows_BKRH: Array, key_BSKH: Array) -> Array:
+        if T > 1:
+            return einsum("BKRH,BSKH->BKRS", rows_BKRH, key_BSKH)
+        # The keys first: the other way XLA's CPU would transpose a whole cache of them.
+        return einsum("BSKH,BKRH->BKSR", key_BSKH, rows_BKRH).swapaxes(2, 3)
+
+    product_BKRS = scaled_product(multiply, _rows(inputs) * of_query, inputs.key_BSKH, options)
+    logits_BNTS = soft_capped(product_BKRS.reshape(B, N, T, S), options)
     if inputs.bias_bnts is not None:
         logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
     if inputs.distance_bias is not None:
@@ -62,9 +65,7 @@ def _einsum(x: Array, options: Options) -> Any:
 def _softmax(logits_BNTS: Array) -> tuple[Array, Residuals]:
     """exp(logits - row_max) / row_sum; a row of -inf has weights 0 and a zero gradient."""
     row_max_BNT = jnp.max(jax.lax.stop_gradient(logits_BNTS), axis=-1, initial=-jnp.inf)
-    # -inf - (-inf) would be NaN: an empty row is shifted by 0 instead.
-    shift_BNT = jnp.where(jnp.isneginf(row_max_BNT), 0, row_max_BNT)
-    exp_BNTS = jnp.exp(logits_BNTS - shift_BNT[..., None])
+    exp_BNTS = jnp.exp(logits_BNTS - shift_of(row_max_BNT)[..., None])
     row_sum_BNT = exp_BNTS.sum(-1)
     divisor_BNT = jnp.where(jnp.isneginf(row_max_BNT), 1, row_sum_BNT)
     return exp_BNTS / divisor_BNT[..., None], Residuals(row_max_BNT, row_sum_BNT)

@@ -11,7 +11,7 @@ https://arxiv.org/abs/2309.17453; the form with a learned logit: OpenAI, gpt-oss
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention.contract import Output, Residuals
+from flax_mha.attention.contract import Output, Residuals, shift_of
 from flax_mha.attention.merge import merge
 from flax_mha.core.typing import Array
 
@@ -25,12 +25,14 @@ def with_sinks(output: Output, sinks_N: Array | None) -> Output:
     wide = residuals.row_sum_BNT.dtype
     sink_BNT = jnp.broadcast_to(sinks_N[None, :, None].astype(wide), residuals.row_sum_BNT.shape)
     row_max_BNT = jax.lax.stop_gradient(sink_BNT)
-    # The sink's gradient runs through row_sum = e^(sink - row_max), which is 1.
-    sink = Residuals(row_max_BNT, jnp.exp(sink_BNT - row_max_BNT))
+    # The sink's gradient runs through row_sum = e^(sink - row_max), which is 1; of none, -inf, 0.
+    sink = Residuals(row_max_BNT, jnp.exp(sink_BNT - shift_of(row_max_BNT)))
     nothing_BTNV = jnp.zeros_like(context_BTNV)
     context_BTNV, joined = merge((context_BTNV, residuals), (nothing_BTNV, sink))
     if weights_BNTS is not None:
-        decay_BNT = jnp.exp(jax.lax.stop_gradient(residuals.row_max_BNT) - joined.row_max_BNT)
-        share_BNT = residuals.row_sum_BNT * decay_BNT / joined.row_sum_BNT
+        own_max_BNT = jax.lax.stop_gradient(residuals.row_max_BNT)
+        decay_BNT = jnp.exp(own_max_BNT - shift_of(joined.row_max_BNT))
+        divisor_BNT = jnp.where(joined.row_sum_BNT == 0, 1, joined.row_sum_BNT)
+        share_BNT = residuals.row_sum_BNT * decay_BNT / divisor_BNT
         weights_BNTS *= share_BNT[..., None].astype(weights_BNTS.dtype)
     return Output(context_BTNV, weights_BNTS, joined)

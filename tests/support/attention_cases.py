@@ -152,6 +152,10 @@ CASES = {
     ),
     "soft cap": Case({"soft_cap": 0.5, "bias": normal(8, T, S)}),
     "sinks": Case({"sinks": normal(10, N), "mask": NOBODY | PER_HEAD[..., :1]}, PER_HEAD[..., :1]),
+    "sinks of some heads": Case(
+        {"sinks": np.float32([-np.inf, 0.5, -np.inf]), "mask": NOBODY | PER_HEAD[..., :1]},
+        PER_HEAD[..., :1],
+    ),
     "everything else": Case(
         {
             "distance_bias": DistanceBias(normal(9, 6, T + S - 1), first=1 - T),

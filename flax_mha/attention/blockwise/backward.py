@@ -1,6 +1,6 @@
 """Backward: one key block meets its query blocks; each tile's weights are computed again.
 
-    weights = e^(logits - lse)                   lse = row_max + log row_sum
+    weights = e^(logits - row_max) / row_sum
     d_weights = drop(d_context . value^T)        delta = sum_v d_context context - d_row_sum row_sum
     d_logits = weights (d_weights - delta)       d_bias = d_logits, d_product = cap' d_logits
     d_query = scale d_product . key    d_key = d_product^T . scale query
@@ -35,6 +35,7 @@ from flax_mha.attention.blockwise.call import (
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.blockwise.tiles import Tile, add_at, place, query_spans, scores_place
 from flax_mha.attention.distance import unskew
+from flax_mha.attention.logits import scales
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array, DType
 
@@ -42,7 +43,8 @@ from flax_mha.core.typing import Array, DType
 class Saved(NamedTuple):
     """What every tile of a query needs."""
 
-    lse_BNT: Array
+    row_max_BNT: Array
+    share_BNT: Array  # 1 / row_sum
     delta_BNT: Array
     d_context_BTNV: Array
 
@@ -103,10 +105,12 @@ def _zeros(like: Any, dtype: DType | None = None) -> Any:
 def _saved(blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Saved:
     context, row_max, row_sum = softmax
     d_context, _, d_row_sum = cotangent
-    # +inf where nothing may be attended: e^(logits - lse) is 0 there, for any logits.
-    lse = jnp.where(row_sum == 0, jnp.inf, row_max + jnp.log(row_sum))
+    # Not as e^(logits - lse): beside a row_max of 1e8, lse = row_max + log(row_sum) is row_max.
+    # Where nothing may be attended e^(logits - inf) is 0, for any logits.
+    nowhere = row_sum == 0
+    row_max, share = jnp.where(nowhere, jnp.inf, row_max), 1 / jnp.where(nowhere, 1, row_sum)
     delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
-    return Saved(lse, delta, d_context.astype(blocks.value_BSKV.dtype))
+    return Saved(row_max, share, delta, d_context.astype(blocks.value_BSKV.dtype))
 
 
 def _key_block(
@@ -132,7 +136,7 @@ def _key_block(
 
     sums = _nothing(plan, gradients)
     sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
-    _, of_product = plan.options.scales(blocks.query_BTNH.dtype)
+    _, of_product = scales(plan.options, blocks.query_BTNH.dtype)
     d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3) * of_product
     return Gradients(
         sums.d_query_BTNH,
@@ -161,12 +165,13 @@ def _tile_gradients(
     tiling, drop = plan.tiling, tile_dropper(plan, blocks, tile)
     query_bkrh = scaled_queries(plan, blocks, tile)
     d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
-    lse_bkr, delta_bkr = (of_rows(tiling, x, tile) for x in (saved.lse_BNT, saved.delta_BNT))
+    rows = (saved.row_max_BNT, saved.share_BNT, saved.delta_BNT)
+    row_max_bkr1, share_bkr1, delta_bkr1 = (of_rows(tiling, x, tile)[..., None] for x in rows)
 
     logits_bkrs, slope_bkrs = tile_logits(plan, blocks, query_bkrh, key_bksh, tile, masked)
-    weights_bkrs = jnp.exp(logits_bkrs - lse_bkr[..., None])
+    weights_bkrs = jnp.exp(logits_bkrs - row_max_bkr1) * share_bkr1
     d_weights_bkrs = drop(product(plan, "bkrv,bksv->bkrs", d_context_bkrv, value_bksv))
-    d_logits_bkrs = weights_bkrs * (d_weights_bkrs - delta_bkr[..., None])
+    d_logits_bkrs = weights_bkrs * (d_weights_bkrs - delta_bkr1)
     d_product_bkrs = d_logits_bkrs if slope_bkrs is None else d_logits_bkrs * slope_bkrs
     d_product_bkrs = d_product_bkrs.astype(key_bksh.dtype)
     kept_bkrs = drop(weights_bkrs).astype(value_bksv.dtype)

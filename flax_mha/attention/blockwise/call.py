@@ -5,6 +5,7 @@ T and S filled up to whole blocks. The r = G t rows of a tile meet the keys of o
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,9 @@ from flax_mha.attention.blockwise.tiles import (
     scores_place,
     slice_at,
 )
-from flax_mha.attention.contract import Options, soft_capped
+from flax_mha.attention.contract import Options
 from flax_mha.attention.distance import DistanceBias, skew
+from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
@@ -62,7 +64,7 @@ def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
 
 def scaled_queries(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
     """The tile's queries, times the query's part of the scale."""
-    of_query, _ = plan.options.scales(blocks.query_BTNH.dtype)
+    of_query, _ = scales(plan.options, blocks.query_BTNH.dtype)
     return of_queries(plan.tiling, blocks.query_BTNH, tile) * of_query
 
 
@@ -124,8 +126,8 @@ def tile_logits(
 ) -> TileLogits:
     """cap(scale query . key) + bias, where allowed, of a query from `scaled_queries`."""
     tiling, options = plan.tiling, plan.options
-    _, of_product = options.scales(query_bkrh.dtype)
-    product_bkrs = product(plan, "bkrh,bksh->bkrs", query_bkrh, key_bksh) * of_product
+    multiply = functools.partial(product, plan, "bkrh,bksh->bkrs")
+    product_bkrs = scaled_product(multiply, query_bkrh, key_bksh, options)
     logits_bkrs, slope_bkrs = soft_capped(product_bkrs, options), None
     if options.soft_cap is not None:
         slope_bkrs = 1 - (logits_bkrs / options.soft_cap) ** 2
@@ -176,8 +178,8 @@ def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise
 
 def every(steps: int, step: Any, carry: Any) -> Any:
     """`carry = step(index, carry)` for index = 0, 1, ... steps - 1."""
-    # In x64 the loop counts in 64 bits, however its bounds are given.
-    body = lambda index, carry: step(index.astype("int32"), carry)  # noqa: E731
+    # In x64 the loop counts in 64 bits, however its bounds are given; without jit, in Python ints.
+    body = lambda index, carry: step(jnp.asarray(index, "int32"), carry)  # noqa: E731
     return jax.lax.fori_loop(0, steps, body, carry)
 
 
@@ -185,7 +187,7 @@ def loop(spans: Any, step: Any, carry: Any) -> Any:
     """`carry = step(masked, block, carry)` over the blocks of all spans."""
     for start, stop, masked in spans:
         body = lambda block, carry, masked=masked: step(  # noqa: E731
-            masked, block.astype("int32"), carry
+            masked, jnp.asarray(block, "int32"), carry
         )
         if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
             carry = body(np.int32(start), carry)
