@@ -36,6 +36,7 @@ THINNED = {
     "interop/test_jax_nn.py": 3,
     "interop/keras/test_weights.py": 3,
     "layer/test_keras_parity.py": 8,
+    "layer/test_debugging.py": 5,
     "layer/test_dropout.py": 3,
     "test_linen.py": 4,
     "test_masks_garbage.py": 5,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flax_mha.attention.contract import Inputs, Options
 from flax_mha.attention.distance import DistanceBias
+from flax_mha.attention.dropout import words_of
 from flax_mha.core import checks
 from flax_mha.core.folding import collapse
 from flax_mha.core.typing import Array, PRNGKey, Shape
@@ -43,7 +44,8 @@ def canonical(
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)
     rate = checks.rate("dropout_rate", dropout_rate)
-    drops = rate > 0 and dropout_key is not None
+    word_2 = words_of(dropout_key) if rate > 0 and dropout_key is not None else None
+    drops = word_2 is not None
     batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
     groups = (batch, (N,), (T,), (S,))
     inputs = Inputs(
@@ -54,7 +56,7 @@ def canonical(
         bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
         distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
         sinks_N=None if sinks is None else _sinks(sinks, N),
-        dropout_key=dropout_key if drops else None,
+        dropout_word_2=word_2,
     )
     options = Options(
         scale=1 / math.sqrt(H) if scale is None else float(scale),

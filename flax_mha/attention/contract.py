@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.distance import DistanceBias
-from flax_mha.core.typing import Array, PRNGKey
+from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
 
@@ -31,7 +31,7 @@ class Inputs:
     bias_bnts: Array | None = None
     distance_bias: DistanceBias | None = None
     sinks_N: Array | None = None  # not for implementations: `_sinks` adds them to any output
-    dropout_key: PRNGKey | None = None
+    dropout_word_2: Array | None = None  # what the dropout key comes down to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

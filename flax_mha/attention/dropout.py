@@ -11,8 +11,17 @@ DRAWS = 4
 LEVELS = 1 << 16
 
 
+def words_of(dropout_key: PRNGKey) -> Array:
+    """The two 32-bit words of a key that all draws of a call come from.
+
+    Taken once: a key that each tile of a loop consumed would be one that is used again, which
+    `jax_debug_key_reuse` rightly refuses. One key gives one mask here, forward and backward.
+    """
+    return jax.random.bits(dropout_key, (2,), jnp.uint32)
+
+
 def keep_mask(
-    dropout_key: PRNGKey, rate: float, shape: Shape, start: tuple[Array | int, ...] = (0, 0, 0, 0)
+    word_2: Array, rate: float, shape: Shape, start: tuple[Array | int, ...] = (0, 0, 0, 0)
 ) -> Array:
     """Booleans `[B, N, T, S]`, True with probability 1 - rate: the weights that stay.
 
@@ -25,7 +34,6 @@ def keep_mask(
     B, N, T, S = shape
     b, n, t, s = start
     rows = -(-T // DRAWS)
-    word_2 = jax.random.bits(dropout_key, (2,), jnp.uint32)
     head_2BN = threefry((word_2[0], word_2[1]), _index(b, B)[:, None], _index(n, N)[None, :])
     head_BN11 = (head_2BN[0][..., None, None], head_2BN[1][..., None, None])
     row_11r1 = (_index(t, 1) // DRAWS + _index(0, rows))[None, None, :, None]

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from flax_mha.attention.contract import Inputs
+from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
@@ -29,8 +30,7 @@ def poison(context_BTNV: Array, broken_BT: Array | None) -> Array:
     """Adds NaN: a sum, so that no NaN enters the gradient of healthy rows."""
     if broken_BT is None:
         return context_BTNV
-    nan_BT = jnp.where(broken_BT, jnp.nan, 0).astype(context_BTNV.dtype)
-    return context_BTNV + nan_BT[..., None, None]
+    return context_BTNV + nan_where(broken_BT, context_BTNV.dtype)[..., None, None]
 
 
 def _without_padding(inputs: Inputs) -> Inputs:

@@ -74,8 +74,8 @@ def _softmax(logits_BNTS: Array) -> tuple[Array, Residuals]:
 def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
     if options.dropout_rate == 0.0:
         return weights_BNTS
-    assert inputs.dropout_key is not None
-    keep_BNTS = dropout.keep_mask(inputs.dropout_key, options.dropout_rate, weights_BNTS.shape)
+    assert inputs.dropout_word_2 is not None
+    keep_BNTS = dropout.keep_mask(inputs.dropout_word_2, options.dropout_rate, weights_BNTS.shape)
     return dropout.drop(weights_BNTS, keep_BNTS, options.dropout_rate)
 
 

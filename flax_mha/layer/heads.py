@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer.call import Call
 from flax_mha.layer.projection import as_rank
@@ -44,7 +45,8 @@ def _normalized(x: Array, norm: Any, call: Call, config: MultiHeadAttentionConfi
     unit = safe / jnp.sqrt((safe**2).mean(-1, keepdims=True) + EPSILON)
     if norm is not None:
         unit *= norm["scale"].astype(unit.dtype)[None, None, None]
-    unit = jnp.where(finite, unit, jnp.nan) if call.mask.removes_positions else unit
+    if call.mask.removes_positions:
+        unit = jnp.where(finite, unit, nan_where(~finite, unit.dtype))
     return unit.astype(x.dtype)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from flax_mha.core.nans import nan_where
 from flax_mha.core.platform import on_cpu
 from flax_mha.core.typing import Array, DType
 
@@ -34,7 +35,10 @@ def project(
     y = contract(equation, safe.astype(dtype), kernel, precision)
     if "bias" in projection:
         y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
-    return jnp.where(as_rank(finite_BT, y.ndim), y, jnp.nan) if isolate else y
+    if not isolate:
+        return y
+    finite = as_rank(finite_BT, y.ndim)
+    return jnp.where(finite, y, nan_where(~finite, y.dtype))  # no cotangent passes it either
 
 
 def as_rank(x_BT: Array, rank: int) -> Array:

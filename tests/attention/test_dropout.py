@@ -9,7 +9,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from flax_mha import dot_product_attention
-from flax_mha.attention.dropout import keep_mask
+from flax_mha.attention.dropout import keep_mask, words_of
 from flax_mha.attention.threefry import threefry
 
 SHAPE = (2, 3, 40, 52)
@@ -17,7 +17,7 @@ SHAPE = (2, 3, 40, 52)
 
 def mask(rate=0.25, shape=SHAPE, start=(0, 0, 0, 0), dropout_key=None):
     dropout_key = jax.random.key(3) if dropout_key is None else dropout_key
-    return np.asarray(keep_mask(dropout_key, rate, shape, start))
+    return np.asarray(keep_mask(words_of(dropout_key), rate, shape, start))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 7, 5), (1, 2, 8, 16), (2, 1, 40, 3)])
@@ -32,7 +32,8 @@ def test_any_tile_holds_the_same_bits(shape, start):
 
 
 def test_a_traced_start_gives_the_same_bits():
-    tile = jax.jit(lambda t, s: keep_mask(jax.random.key(3), 0.25, (2, 3, 8, 12), (0, 0, t, s)))
+    word_2 = words_of(jax.random.key(3))
+    tile = jax.jit(lambda t, s: keep_mask(word_2, 0.25, (2, 3, 8, 12), (0, 0, t, s)))
     np.testing.assert_array_equal(tile(16, 8), mask()[:, :, 16:24, 8:20])
 
 
@@ -74,7 +75,7 @@ def test_every_kind_of_key_works(make):
 
 def test_vmap_over_keys_is_a_loop():
     keys = jax.random.split(jax.random.key(0), 3)
-    stacked = jax.vmap(lambda dropout_key: keep_mask(dropout_key, 0.25, SHAPE))(keys)
+    stacked = jax.vmap(lambda dropout_key: keep_mask(words_of(dropout_key), 0.25, SHAPE))(keys)
     for dropout_key, kept in zip(keys, stacked):
         np.testing.assert_array_equal(kept, mask(dropout_key=dropout_key))
 

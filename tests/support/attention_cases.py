@@ -10,7 +10,7 @@ from helpers import booleans, normal
 
 from flax_mha import Mask
 from flax_mha.attention import DistanceBias
-from flax_mha.attention.dropout import keep_mask
+from flax_mha.attention.dropout import keep_mask, words_of
 
 B, T, S, N, K, H, V = 2, 5, 7, 3, 1, 11, 13
 
@@ -44,7 +44,7 @@ class Case:
         cap, sinks = self.call.get("soft_cap"), self.call.get("sinks")
         keep = np.ones(full, bool)
         if "dropout_key" in self.call:
-            keep = np.asarray(keep_mask(self.call["dropout_key"], rate, full))
+            keep = np.asarray(keep_mask(words_of(self.call["dropout_key"]), rate, full))
         scale = self.call.get("scale", 1 / np.sqrt(h))
         context, weights = np.zeros((b, t, n, v)), np.zeros(full)
         for i in range(b):

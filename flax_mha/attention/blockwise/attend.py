@@ -104,7 +104,7 @@ def _blocks(inputs: Inputs, tiling: Tiling) -> Blocks:
         None if bias is None else _fill_scores(bias, T, S),
         _fill_distances(inputs.distance_bias, tiling.t + tiling.s),
         _fill_mask(inputs.mask, T, S),
-        inputs.dropout_key,
+        inputs.dropout_word_2,
     )
 
 

@@ -29,7 +29,7 @@ from flax_mha.attention.contract import Options
 from flax_mha.attention.distance import DistanceBias, skew
 from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.typing import Array, PRNGKey, Shape
+from flax_mha.core.typing import Array, Shape
 from flax_mha.masks import Mask
 
 
@@ -52,7 +52,7 @@ class Blocks:
     bias_bnts: Array | None
     distance_bias: DistanceBias | None
     mask: Mask
-    dropout_key: PRNGKey | None
+    dropout_word_2: Array | None
 
 
 def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
@@ -159,11 +159,11 @@ def stretch(plan: Plan, blocks: Blocks, tile: Tile) -> tuple[Any, Shape]:
 def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:
     """The function that drops entries of this tile: the same ones at every call."""
     rate, tiling = plan.options.dropout_rate, plan.tiling
-    if rate == 0.0 or blocks.dropout_key is None:
+    if rate == 0.0 or blocks.dropout_word_2 is None:
         return lambda x_bkrs: x_bkrs
     full = (tiling.B, tiling.K * tiling.G, tiling.T, tiling.S)
     start, size = scores_place(tiling, full, tile)
-    keep_bnts = dropout.keep_mask(blocks.dropout_key, rate, size, start)
+    keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start)
     keep_bkrs = keep_bnts.reshape(tiling.b, tiling.k, tiling.r, tiling.s)
     return lambda x_bkrs: dropout.drop(x_bkrs, keep_bkrs, rate)
 
