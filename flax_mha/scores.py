@@ -110,4 +110,4 @@ def _scores(
     )
     inside_R1 = ((rows >= 0) & (rows < folding.T))[:, None]
     weights_BNRS = jnp.where(inside_R1[None, None], weights_BNRS, jnp.nan)
-    return weights_BNRS.reshape(*folding.batch, -1, len(rows), *folding.sources)
+    return weights_BNRS.reshape(*folding.batch, config.num_heads, len(rows), *folding.sources)
