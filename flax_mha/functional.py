@@ -180,8 +180,7 @@ def _run(
     restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)
-    for name, flag in flags._asdict().items():
-        checks.boolean(name, flag)
+    flags = Flags(*(checks.boolean(name, flag) for name, flag in flags._asdict().items()))
     if cache is not None:
         check_cached_call(cache, arrays, restrictions, config, flags.use_causal_mask)
     return layer(params, arrays, restrictions, dropout_key, cache, config=config, flags=flags)

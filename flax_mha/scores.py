@@ -65,10 +65,10 @@ def attention_scores(
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
     checked = checked_restrictions(config, Restrictions(**restrictions))
-    checks.boolean("use_causal_mask", use_causal_mask)
+    causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)
     checks.rows_within("query_rows", rows, _length(query, config))
-    return _scores(params, arrays, checked, rows, config=config, use_causal_mask=use_causal_mask)
+    return _scores(params, arrays, checked, rows, config=config, use_causal_mask=causal)
 
 
 def _length(query: Array, config: MultiHeadAttentionConfig) -> int:

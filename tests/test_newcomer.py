@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from helpers import normal, x64
 
@@ -79,6 +80,13 @@ MISTAKES = {
         TypeError,
         "`key` must be a floating-point array [..., S, C]. Received: key of dtype bool and shape "
         "(5, 5). Is it a mask? Pass it by its name, such as `attention_mask=`.",
+    ),
+    "a flag under remat": (
+        lambda: nn.remat(MultiHeadAttention)(4, 8).apply(VARIABLES, X, X, training=True),
+        TypeError,
+        "`training` must be True or False when the call is traced, not data. Received: training "
+        "as a traced array of shape (). Make it static: `static_argnames='training'` of "
+        "`jax.jit`. Under `nn.remat`: `static_argnums=(8, 9, 10)`, and pass the flags by place.",
     ),
     "no dropout key in linen": (
         lambda: LAYER.apply(VARIABLES, X, X, training=True),

@@ -1,10 +1,11 @@
 """Every error that a user can meet: the rule in axis letters, what was received, what to do."""
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -19,6 +20,8 @@ from flax_mha.core.array_checks import positions as positions
 from flax_mha.core.array_checks import rows_within as rows_within
 from flax_mha.core.errors import fail as fail
 from flax_mha.core.typing import DType, Shape
+
+MODULE_FLAGS = ("return_attention_scores", "training", "use_causal_mask")
 
 # --- plain values -------------------------------------------------------------------------------
 
@@ -37,11 +40,29 @@ def integer(name: str, value: Any, *, minimum: int | None = None) -> int:
     return number
 
 
-def boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        evidence = f"{name}={value!r} of type {type(value).__name__}"
-        fail(TypeError, f"`{name}` must be True or False.", evidence)
+def boolean(name: str, value: Any, places: str = "") -> bool:
+    """`value` as a bool, 0 and 1 too: Keras's users write them, and True and 1 compile once.
+
+    `places` tells, for a flag that is traced, what else may have to be made static.
+    """
+    rule = f"`{name}` must be True or False."
+    if isinstance(value, jax.core.Tracer):
+        rule = f"`{name}` must be True or False when the call is traced, not data."
+        remedy = f"Make it static: `static_argnames={name!r}` of `jax.jit`. {places}".rstrip()
+        fail(TypeError, rule, f"{name} as a traced array of shape {value.shape}", remedy)
+    if not isinstance(value, (int, np.bool_, np.integer)):
+        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+    if value not in (0, 1):
+        fail(ValueError, rule, f"{name}={value!r}")
     return bool(value)
+
+
+def module_flags(call: Callable[..., Any], *values: Any) -> tuple[bool, ...]:
+    """The flags of a module's `call`, in its order; from it are read the places for `remat`."""
+    order = [*inspect.signature(call).parameters]
+    numbers = tuple(order.index(name) for name in MODULE_FLAGS)
+    places = f"Under `nn.remat`: `static_argnums={numbers}`, and pass the flags by place."
+    return tuple(boolean(name, value, places) for name, value in zip(MODULE_FLAGS, values))
 
 
 def rate(name: str, value: Any) -> float:

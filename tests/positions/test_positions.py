@@ -361,7 +361,7 @@ def test_configs_go_to_json_and_back(position):
         ({"position": {"class_name": "Rotary", "config": {"bas": 3}}}, ValueError, "mean 'base'"),
         ({"qk_norm": "layer"}, ValueError, r"`qk_norm` must be one of \['rms', 'l2'\]"),
         ({"soft_cap": 0}, ValueError, "`soft_cap` must be a finite number > 0"),
-        ({"use_sinks": 1}, TypeError, "`use_sinks` must be True or False"),
+        ({"use_sinks": 2}, ValueError, "`use_sinks` must be True or False"),
     ],
 )  # fmt: skip
 def test_bad_configs(fields, error, message):
