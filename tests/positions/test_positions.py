@@ -1,5 +1,6 @@
 """Rotary embedding, ALiBi and relative bias against formulas as loops, and papers' tables."""
 
+import json
 import math
 
 import jax
@@ -97,6 +98,18 @@ def test_yarn_scaling_pair_by_pair():
     assert scaled[0] == pytest.approx(1.0)
     assert scaled[-1] == pytest.approx(base ** (-(dim - 2) / dim) / factor)
     assert scaling.magnitude() == pytest.approx(0.1 * math.log(4) + 1)
+    scaled = Rotary(base=base, scaling=YarnScaling(factor, length, truncate=False)).frequencies(dim)
+    for i, frequency in enumerate(scaled):  # the ramp's ends between two pairs
+        ramp = min(max((i - at(32)) / (at(1) - at(32)), 0), 1)
+        plain = base ** (-2 * i / dim)
+        assert frequency == pytest.approx(plain / factor * ramp + plain * (1 - ramp), rel=1e-12)
+    gpt_oss, rounded = (
+        Rotary(150000.0, scaling=YarnScaling(32.0, 4096, truncate=truncate)).frequencies(dim)
+        for truncate in (False, True)
+    )
+    off = np.abs(rounded / gpt_oss - 1)  # by rounding, as measured with the transformers library
+    assert off.argmax() == 17
+    assert off.max() == pytest.approx(0.7626824732795565, rel=1e-6)
     x, at_zero = normal(0, 1, 1, 1, dim), jnp.zeros((1, 1), int)
     stretched = Rotary(scaling=scaling)(x, at_zero)
     assert_close(stretched, x * scaling.magnitude(), "float32")
@@ -121,6 +134,15 @@ def test_yarn_scaling_pair_by_pair():
         (
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
             YarnScaling(4.0, 2048),
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+            YarnScaling(32.0, 4096, truncate=False),
         ),
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
@@ -343,12 +365,13 @@ def test_new_parameters_start_neutral():
         RelativeBias(8, 16, False),
         Rotary(500.0, 4, True, YarnScaling(4, 64)),
         Rotary(scaling=Llama3Scaling()),
+        Rotary(150000.0, scaling=YarnScaling(32.0, 4096, truncate=False)),
     ],
     ids=str,
 )
 def test_configs_go_to_json_and_back(position):
     config = MultiHeadAttentionConfig(N, H, position=position, qk_norm="l2", soft_cap=30)
-    back = MultiHeadAttentionConfig.from_dict(config.to_dict())
+    back = MultiHeadAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert back == config
     assert hash(back) == hash(config)
 
@@ -372,6 +395,9 @@ def test_bad_configs(fields, error, message):
 def test_bad_rotary():
     with pytest.raises(ValueError, match="must be even"):
         Rotary(dim=3)
+    for make in (lambda: Rotary(interleaved="no"), lambda: YarnScaling(4, 64, truncate=None)):
+        with pytest.raises(TypeError, match=r"(interleaved|truncate)` must be True or False"):
+            make()
     with pytest.raises(TypeError, match=r"Rotary.scaling` must be a Scaling"):
         Rotary(scaling="llama3")
     config = MultiHeadAttentionConfig(N, 7, position="rotary")
