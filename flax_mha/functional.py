@@ -62,7 +62,7 @@ def multi_head_attention(
         dropout_key: one PRNG key; None = no dropout.
         bias: floats shaped as an `attention_mask` may be, added to the logits.
         segment_ids: integers `[B, T]`, or a pair `([B, T], [B, S])`: attention within equal ids.
-            Rotary positions begin anew in each segment.
+            Rotary positions count the tokens of each id: an id that comes back counts on.
         positions: integers `[B, T]`, or a pair `([B, T], [B, S])`, for rotary embedding; None =
             0, 1, 2, ..., from the cache's length on where there is one.
         cache: a `KVCache`, which takes in the T new tokens: `use_causal_mask` counts from its

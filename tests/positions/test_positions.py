@@ -272,7 +272,7 @@ def test_the_bias_s_memory_is_linear():
 
 def test_positions_begin_anew_in_each_segment():
     ids = jnp.array([[5, 5, 5, 2, 2, 2, 2], [1, 1, 0, 0, 0, 1, 1]])
-    assert restarted(ids).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1]]
+    assert restarted(ids).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 2, 3]]
     config = MultiHeadAttentionConfig(N, H, position=Rotary(dim=4))
     x = normal(3, 1, T, D)
     params = random_params(param_shapes(config, x.shape))
@@ -283,6 +283,36 @@ def test_positions_begin_anew_in_each_segment():
         alone = multi_head_attention(params, part, part, config=config, use_causal_mask=True)
         start = 0 if part.shape[1] == 3 else 3
         assert_close(packed[:, start : start + part.shape[1]], alone, "float32")
+
+
+def test_an_id_that_comes_back_counts_on():
+    """It attends to its first run, so the two are one document: as if nothing stood between."""
+    ids = np.random.default_rng(0).integers(-2, 3, size=(3, 40))
+    counts = [[(row[:t] == row[t]).sum() for t in range(40)] for row in ids]
+    assert restarted(jnp.asarray(ids)).tolist() == counts
+    config = MultiHeadAttentionConfig(N, H, position="rotary")
+    x, back = normal(3, 1, T, D), np.array([[1, 1, 2, 2, 1, 2, 1]])
+    params = random_params(param_shapes(config, x.shape))
+    call = dict(config=config, use_causal_mask=True)
+    packed = multi_head_attention(params, x, x, segment_ids=back, **call)
+    for document in (1, 2):
+        joined = x[:, back[0] == document]
+        alone = multi_head_attention(params, joined, joined, **call)
+        assert_close(packed[:, back[0] == document], alone, "float32")
+    _, scores = multi_head_attention(
+        params, x, x, segment_ids=back, return_attention_scores=True, **call
+    )
+    rows = attention_scores(
+        params, x, x, segment_ids=(back, back), query_rows=jnp.array([6]), **call
+    )
+    assert_close(rows, scores[:, :, 6:], "float32")
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (2, 1), (1, 5)])
+def test_counts_of_few_tokens_and_of_one_document(shape):
+    counts = restarted(jnp.full(shape, 7))
+    assert counts.dtype == jnp.int32
+    np.testing.assert_array_equal(counts, np.broadcast_to(np.arange(shape[1]), shape))
 
 
 def test_explicit_positions():
