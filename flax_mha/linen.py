@@ -56,6 +56,7 @@ class MultiHeadAttention(nn.Module):
     num_kv_heads: int | None = None
     position: Any = None
     qk_norm: str | None = None
+    qk_norm_epsilon: float | None = None
     soft_cap: float | None = None
     use_sinks: bool = False
     dtype: Any = None
