@@ -74,7 +74,8 @@ def multi_head_attention(
 
     Raises:
         ValueError: a shape that does not fit, with the expected letters and the received shape.
-        TypeError: a float mask, integer inputs, a dropout key that is none.
+        TypeError: a float mask, integer inputs, a dropout key that is none; under `jit` and `vmap`,
+            which hide its values, a mask of integers with a sign: pass `mask.astype(bool)`.
         NotImplementedError: the implementation named in the config cannot serve this call.
 
     Memory: O(T + S) from T x S = 96 x 96 on; O(B N T S) below, and where scores are returned.
@@ -177,6 +178,7 @@ def _run(
 ) -> Activations:
     """What must be checked of values, before tracing hides them; then the compiled layer."""
     check_arrays(arrays[:1] if isinstance(cache, CrossCache) else arrays)
+    checks.floating_params(params)
     restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)

@@ -64,6 +64,7 @@ def attention_scores(
     """
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
+    checks.floating_params(params)
     checked = checked_restrictions(config, Restrictions(**restrictions))
     causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)

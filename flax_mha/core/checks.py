@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core.array_checks import boolean_mask as boolean_mask
+from flax_mha.core.array_checks import fits as fits
 from flax_mha.core.array_checks import floating_array as floating_array
+from flax_mha.core.array_checks import floating_params as floating_params
 from flax_mha.core.array_checks import integer_ids as integer_ids
 from flax_mha.core.array_checks import is_array as is_array
+from flax_mha.core.array_checks import known_dtype as known_dtype
 from flax_mha.core.array_checks import positions as positions
 from flax_mha.core.array_checks import rows_within as rows_within
 from flax_mha.core.errors import fail as fail
@@ -158,6 +161,7 @@ def prng_key(name: str, value: Any) -> None:
     if not is_array(value):
         shown = f"{name}={value!r}" if isinstance(value, int) else name
         fail(TypeError, rule, f"{shown} of type {type(value).__name__}", remedy)
+    known_dtype(name, value, rule)
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     if not typed and value.dtype != np.uint32:
         fail(TypeError, rule, f"{name} of dtype {value.dtype}", remedy)
