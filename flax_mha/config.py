@@ -51,6 +51,8 @@ class MultiHeadAttentionConfig:
         position: None, "rotary", "alibi", "relative_bias", or an object of `flax_mha.positions`.
         qk_norm: None; "rms", each head of query and key divided by its root mean square, times a
             learned scale `[H]`; or "l2", the same without scale: logits = sqrt(H) cos(query, key).
+        qk_norm_epsilon: of "rms", added to the mean square, None = 1e-6; of "l2", the norm up to
+            which a head counts as zero, and stays zero with gradient zero, None = 1e-12.
         soft_cap: logits q k / sqrt(H) become soft_cap * tanh(logits / soft_cap); None = as are.
         use_sinks: whether each head has a learned logit that attends to nothing.
         dtype: the compute dtype; None = that of inputs and parameters, promoted.
@@ -100,6 +102,7 @@ class MultiHeadAttentionConfig:
     num_kv_heads: int | None = None
     position: Any = None
     qk_norm: str | None = None
+    qk_norm_epsilon: float | None = None
     soft_cap: float | None = None
     use_sinks: bool = False
     dtype: Any = None
@@ -115,6 +118,9 @@ class MultiHeadAttentionConfig:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
             remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
             checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
+        if self.qk_norm is None and self.qk_norm_epsilon is not None:
+            rule = "`qk_norm_epsilon` is read by `qk_norm` alone."
+            checks.fail(ValueError, rule, f"qk_norm_epsilon={self.qk_norm_epsilon}, qk_norm=None")
 
     @property
     def dims(self) -> HeadDims:
@@ -228,6 +234,7 @@ _FIELD_CHECKS: dict[str, Any] = {
     "num_kv_heads": _optional(_size),
     "position": resolve_position,
     "qk_norm": _optional(lambda name, value: checks.one_of(name, value, ("rms", "l2"))),
+    "qk_norm_epsilon": _optional(checks.positive),
     "soft_cap": _optional(checks.positive),
     "use_sinks": checks.boolean,
     "dtype": _optional(checks.floating_dtype),

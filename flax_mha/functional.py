@@ -62,7 +62,7 @@ def multi_head_attention(
         dropout_key: one PRNG key; None = no dropout.
         bias: floats shaped as an `attention_mask` may be, added to the logits.
         segment_ids: integers `[B, T]`, or a pair `([B, T], [B, S])`: attention within equal ids.
-            Rotary positions begin anew in each segment.
+            Rotary positions count the tokens of each id: an id that comes back counts on.
         positions: integers `[B, T]`, or a pair `([B, T], [B, S])`, for rotary embedding; None =
             0, 1, 2, ..., from the cache's length on where there is one.
         cache: a `KVCache`, which takes in the T new tokens: `use_causal_mask` counts from its
@@ -74,7 +74,8 @@ def multi_head_attention(
 
     Raises:
         ValueError: a shape that does not fit, with the expected letters and the received shape.
-        TypeError: a float mask, integer inputs, a dropout key that is none.
+        TypeError: a float mask, integer inputs, a dropout key that is none; under `jit` and `vmap`,
+            which hide its values, a mask of integers with a sign: pass `mask.astype(bool)`.
         NotImplementedError: the implementation named in the config cannot serve this call.
 
     Memory: O(T + S) from T x S = 96 x 96 on; O(B N T S) below, and where scores are returned.
@@ -177,11 +178,11 @@ def _run(
 ) -> Activations:
     """What must be checked of values, before tracing hides them; then the compiled layer."""
     check_arrays(arrays[:1] if isinstance(cache, CrossCache) else arrays)
+    checks.floating_params(params)
     restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)
-    for name, flag in flags._asdict().items():
-        checks.boolean(name, flag)
+    flags = Flags(*(checks.boolean(name, flag) for name, flag in flags._asdict().items()))
     if cache is not None:
         check_cached_call(cache, arrays, restrictions, config, flags.use_causal_mask)
     return layer(params, arrays, restrictions, dropout_key, cache, config=config, flags=flags)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_mha.config import MultiHeadAttentionConfig, field_names
@@ -57,6 +56,7 @@ class MultiHeadAttention(nn.Module):
     num_kv_heads: int | None = None
     position: Any = None
     qk_norm: str | None = None
+    qk_norm_epsilon: float | None = None
     soft_cap: float | None = None
     use_sinks: bool = False
     dtype: Any = None
@@ -95,18 +95,18 @@ class MultiHeadAttention(nn.Module):
         cache: KVCache | CrossCache | None = None,
     ) -> Any:
         """See `multi_head_attention`; with `training=True`, dropout acts."""
-        config = self.config
-        params = self._params(config, query, value, value if key is None else key)
+        flags = (return_attention_scores, training, use_causal_mask)
+        with_scores, training, is_causal = checks.module_flags(type(self).__call__, *flags)
+        config, arrays = self.config, (query, value, value if key is None else key)
+        params = self._params(config, *arrays)
         sow_scores = self.sow_attention_scores and self.is_mutable_collection("intermediates")
         activations = forward(
             params,
-            query,
-            value,
-            key,
+            *arrays,
             config=config,
-            use_causal_mask=use_causal_mask,
-            return_attention_scores=return_attention_scores or sow_scores,
-            dropout_key=self._dropout_key(checks.boolean("training", training)),
+            use_causal_mask=is_causal,
+            return_attention_scores=with_scores or sow_scores,
+            dropout_key=self._dropout_key(training),
             query_mask=query_mask,
             value_mask=value_mask,
             key_mask=key_mask,
@@ -119,7 +119,7 @@ class MultiHeadAttention(nn.Module):
         self._sow_losses(params, activations, config)
         if sow_scores:
             self.sow("intermediates", "attention_scores", activations.attention_scores)
-        return results(activations, return_attention_scores)
+        return results(activations, with_scores)
 
     def _params(self, config: MultiHeadAttentionConfig, *arrays: Any) -> Any:
         if arrays[1] is None:  # a cross cache holds what came of value and key
@@ -146,5 +146,5 @@ class MultiHeadAttention(nn.Module):
             penalty = regularization_loss(params, config)
             self.sow("losses", "regularization", penalty, reduce_fn=lambda _, new: new)
         if config.activity_regularizer is not None:
-            loss = activity_loss(activations, config)
-            self.sow("losses", "activity", loss, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros(()))
+            total: Any = dict(reduce_fn=jax.numpy.add, init_fn=lambda: jax.numpy.zeros(()))
+            self.sow("losses", "activity", activity_loss(activations, config), **total)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha.core import checks
+from flax_mha.core import checks, mask_parts
 from flax_mha.core.typing import Array
 
 Band = tuple[int | None, int | None]
@@ -75,12 +75,16 @@ class Mask:
             query_offset: the position of query 0 among the keys, an integer or integers `[B]`;
                 None = 0, aligned top-left as in Keras.
 
+        Raises:
+            TypeError: an offset that is no integer.
+            ValueError: one that needs 64 bits.
+
         Example:
             >>> print(Mask.causal(jnp.array(1)).as_array(2, 3)[0, 0].astype(int))
             [[1 1 0]
              [1 1 1]]
         """
-        return cls(band=(None, 0), query_offset=query_offset)
+        return cls(band=(None, 0), query_offset=mask_parts.offset(query_offset))
 
     @classmethod
     def window(cls, left: int | None, right: int | None) -> Mask:
@@ -116,7 +120,8 @@ class Mask:
             key: booleans `[B, S]` or `[S]`, True = a real key; None = all are.
 
         Raises:
-            TypeError: floats; an additive mask is a bias.
+            TypeError: floats; an additive mask is a bias. Under `jit` or `vmap` signed integers,
+                where an additive mask could not be told from 0 and 1.
             ValueError: integers other than 0 and 1, or another rank.
 
         Example:
@@ -125,19 +130,24 @@ class Mask:
             >>> mask.as_array(1, 3)[:, 0, 0].astype(int).tolist()
             [[1, 1, 1], [1, 0, 0]]
         """
-        return cls(query_padding=_padding("query", query), key_padding=_padding("key", key))
+        return cls(
+            query_padding=mask_parts.padding("query", query),
+            key_padding=mask_parts.padding("key", key),
+        )
 
     @classmethod
     def segments(cls, query_ids: Any, key_ids: Any) -> Mask:
         """Attention stays within equal ids: sequences packed into one, one after the other.
+
+        An id that comes back is the same sequence, wherever it stands.
 
         Args:
             query_ids: integers `[B, T]` or `[T]`.
             key_ids: integers `[B, S]` or `[S]`.
 
         Raises:
-            TypeError: ids that are not integers.
-            ValueError: another rank.
+            TypeError: ids that are not integers, or of two types that no third one holds.
+            ValueError: another rank; without x64, ids that need 64 bits.
 
         Example:
             >>> ids = jnp.array([7, 7, 9])
@@ -146,7 +156,7 @@ class Mask:
              [1 1 0]
              [0 0 1]]
         """
-        return cls(segment_ids=((_ids("query_ids", query_ids), _ids("key_ids", key_ids)),))
+        return cls(segment_ids=(mask_parts.segments(query_ids, key_ids),))
 
     @classmethod
     def dense(cls, array: Any) -> Mask:
@@ -157,7 +167,8 @@ class Mask:
                 may attend.
 
         Raises:
-            TypeError: floats; an additive mask is a bias.
+            TypeError: floats; an additive mask is a bias. Under `jit` or `vmap` signed integers,
+                where an additive mask could not be told from 0 and 1.
             ValueError: integers other than 0 and 1, or more than four axes.
 
         Memory: the array's own, B N T S booleans at most.
@@ -166,11 +177,7 @@ class Mask:
             >>> Mask.dense(jnp.eye(3, dtype=bool)).dense_masks[0].shape
             (1, 1, 3, 3)
         """
-        array = checks.boolean_mask("dense", array)
-        if array.ndim > 4:
-            rule = "A dense mask must broadcast to [B, N, T, S]."
-            checks.fail(ValueError, rule, f"shape {array.shape}")
-        return cls(dense_masks=(jax.lax.broadcast_to_rank(array, 4),))
+        return cls(dense_masks=(mask_parts.dense(array),))
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -249,21 +256,6 @@ class Mask:
             swapped = array.shape[-2:] == (S, T) and S != T
             remedy = "Did you swap T and S?" if swapped else ""
             checks.broadcastable("mask", array.shape, (B, N, T, S), "[B, N, T, S]", remedy)
-
-
-def _padding(name: str, array: Any) -> Array | None:
-    return None if array is None else _rank_two(name, checks.boolean_mask(name, array))
-
-
-def _ids(name: str, array: Any) -> Array:
-    return _rank_two(name, checks.integer_ids(name, array).astype("int32"))
-
-
-def _rank_two(name: str, array: Array) -> Array:
-    if len(array.shape) not in (1, 2):
-        rule = f"`{name}` must have the axes [B, length] or [length]."
-        checks.fail(ValueError, rule, f"shape {tuple(array.shape)}")
-    return jax.lax.broadcast_to_rank(array, 2)
 
 
 def _either(combine: Any, a: Any, b: Any) -> Any:

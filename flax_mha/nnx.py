@@ -229,7 +229,7 @@ class MultiHeadAttention(nnx.Module):
             deterministic: if True, dropout is off.
         """
         if deterministic is not None:
-            self.deterministic = deterministic
+            self.deterministic = checks.boolean("deterministic", deterministic)
 
     def _dropout_key(self, rngs: Any) -> PRNGKey | None:
         """The next key of the call's `rngs`, or else of the stream that the layer holds."""

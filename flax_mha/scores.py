@@ -64,11 +64,12 @@ def attention_scores(
     """
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
+    checks.floating_params(params)
     checked = checked_restrictions(config, Restrictions(**restrictions))
-    checks.boolean("use_causal_mask", use_causal_mask)
+    causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)
     checks.rows_within("query_rows", rows, _length(query, config))
-    return _scores(params, arrays, checked, rows, config=config, use_causal_mask=use_causal_mask)
+    return _scores(params, arrays, checked, rows, config=config, use_causal_mask=causal)
 
 
 def _length(query: Array, config: MultiHeadAttentionConfig) -> int:
@@ -110,4 +111,4 @@ def _scores(
     )
     inside_R1 = ((rows >= 0) & (rows < folding.T))[:, None]
     weights_BNRS = jnp.where(inside_R1[None, None], weights_BNRS, jnp.nan)
-    return weights_BNRS.reshape(*folding.batch, -1, len(rows), *folding.sources)
+    return weights_BNRS.reshape(*folding.batch, config.num_heads, len(rows), *folding.sources)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from helpers import normal, x64
 
@@ -56,6 +57,14 @@ MISTAKES = {
         f"{MASK_RULE} Received: attention_mask of dtype int32 with values [-10000, 0]. "
         "An additive mask goes to `bias=`, as floats.",
     ),
+    "a mask of integers under jit": (
+        lambda: jax.jit(lambda mask: attend(value_mask=mask))(jnp.ones((B, T), int)),
+        TypeError,
+        "`value_mask` must be boolean (or integer 0/1), True = may attend. Received: value_mask "
+        "of dtype int32, whose values are hidden under jit and vmap. A mask of 0 and 1: pass "
+        "`value_mask.astype(bool)`. An additive mask (0 and -10000), which that would invert, "
+        "goes to `bias=`, as floats.",
+    ),
     "a padding mask as attention_mask": (
         lambda: attend(attention_mask=jnp.ones((B, T), bool)),
         ValueError,
@@ -79,6 +88,13 @@ MISTAKES = {
         TypeError,
         "`key` must be a floating-point array [..., S, C]. Received: key of dtype bool and shape "
         "(5, 5). Is it a mask? Pass it by its name, such as `attention_mask=`.",
+    ),
+    "a flag under remat": (
+        lambda: nn.remat(MultiHeadAttention)(4, 8).apply(VARIABLES, X, X, training=True),
+        TypeError,
+        "`training` must be True or False when the call is traced, not data. Received: training "
+        "as a traced array of shape (). Make it static: `static_argnames='training'` of "
+        "`jax.jit`. Under `nn.remat`: `static_argnums=(8, 9, 10)`, and pass the flags by place.",
     ),
     "no dropout key in linen": (
         lambda: LAYER.apply(VARIABLES, X, X, training=True),
@@ -136,6 +152,13 @@ MISTAKES = {
         TypeError,
         "`query` must be a floating-point array [..., T, D]. Received: query of dtype int32 and "
         "shape (2, 5). Embed token ids first, or cast: `query.astype('float32')`.",
+    ),
+    "ids of 64 bits": (
+        lambda: attend(segment_ids=np.full((B, T), 2**32)),
+        ValueError,
+        "`segment_ids` must fit int32, for jax_enable_x64=False. Received: segment_ids of dtype "
+        "int64 with values [4294967296]. Number them anew: "
+        "`numpy.unique(ids, return_inverse=True)`.",
     ),
     "arrays for shapes": (
         lambda: init_params(INIT_KEY, CONFIG, X),

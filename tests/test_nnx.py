@@ -442,7 +442,7 @@ def test_constructor_errors(fields, error, message):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ({"training": 1}, TypeError, "`training` must be True or False"),
+        ({"training": 2}, ValueError, "`training` must be True or False"),
         ({"training": True, "rngs": 0}, TypeError, "`rngs` must be an nnx.Rngs.*type int"),
         ({"training": True, "rngs": nnx.Rngs(params=0)}, ValueError, "stream 'dropout'"),
         ({"training": True, "rngs": jnp.ones(2)}, TypeError, "`dropout_key`.*PRNG key"),

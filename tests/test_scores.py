@@ -40,6 +40,22 @@ def test_rows_of_the_whole(fields, call):
     assert rows.shape == (B, 4, 3, S)
 
 
+@pytest.mark.parametrize("config", [CONFIG, CONFIG.replace(sliding_window=2, soft_cap=3.0)])
+def test_no_rows(config):
+    for rows in (jnp.zeros(0, int), np.zeros(0, "uint8")):
+        call = dict(config=config, query_rows=rows, use_causal_mask=True)
+        assert attention_scores(PARAMS, QUERY, VALUE, KEY, **call).shape == (B, 4, 0, S)
+        run = jax.jit(lambda x, call=call: attention_scores(PARAMS, x, VALUE, KEY, **call))
+        assert run(QUERY).shape == (B, 4, 0, S)
+
+
+def test_rows_of_no_examples_and_over_no_keys():
+    for batch, keys in ((0, S), (B, 0)):
+        arrays = (jnp.zeros((batch, n, size)) for n, size in ((T, D), (keys, M), (keys, C)))
+        rows = attention_scores(PARAMS, *arrays, config=CONFIG, query_rows=ROWS)
+        assert rows.shape == (batch, 4, 3, keys)
+
+
 def test_rows_in_raster_order_of_the_attended_axes():
     config = CONFIG.replace(attention_axes=(1, 2))
     x = normal(8, 2, 3, 4, D)

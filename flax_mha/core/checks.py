@@ -1,23 +1,30 @@
 """Every error that a user can meet: the rule in axis letters, what was received, what to do."""
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha.core.typing import Array, DType, Shape
+from flax_mha.core.array_checks import boolean_mask as boolean_mask
+from flax_mha.core.array_checks import fits as fits
+from flax_mha.core.array_checks import floating_array as floating_array
+from flax_mha.core.array_checks import floating_params as floating_params
+from flax_mha.core.array_checks import integer_ids as integer_ids
+from flax_mha.core.array_checks import is_array as is_array
+from flax_mha.core.array_checks import known_dtype as known_dtype
+from flax_mha.core.array_checks import positions as positions
+from flax_mha.core.array_checks import rows_within as rows_within
+from flax_mha.core.errors import fail as fail
+from flax_mha.core.typing import DType, Shape
 
-
-def fail(error: type[Exception], rule: str, evidence: str, remedy: str = "") -> NoReturn:
-    """Raises `error` with the three parts that every message of this package has."""
-    raise error(" ".join(part for part in (rule, f"Received: {evidence}.", remedy) if part))
-
+MODULE_FLAGS = ("return_attention_scores", "training", "use_causal_mask")
 
 # --- plain values -------------------------------------------------------------------------------
 
@@ -36,11 +43,29 @@ def integer(name: str, value: Any, *, minimum: int | None = None) -> int:
     return number
 
 
-def boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        evidence = f"{name}={value!r} of type {type(value).__name__}"
-        fail(TypeError, f"`{name}` must be True or False.", evidence)
+def boolean(name: str, value: Any, places: str = "") -> bool:
+    """`value` as a bool, 0 and 1 too: Keras's users write them, and True and 1 compile once.
+
+    `places` tells, for a flag that is traced, what else may have to be made static.
+    """
+    rule = f"`{name}` must be True or False."
+    if isinstance(value, jax.core.Tracer):
+        rule = f"`{name}` must be True or False when the call is traced, not data."
+        remedy = f"Make it static: `static_argnames={name!r}` of `jax.jit`. {places}".rstrip()
+        fail(TypeError, rule, f"{name} as a traced array of shape {value.shape}", remedy)
+    if not isinstance(value, (int, np.bool_, np.integer)):
+        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+    if value not in (0, 1):
+        fail(ValueError, rule, f"{name}={value!r}")
     return bool(value)
+
+
+def module_flags(call: Callable[..., Any], *values: Any) -> tuple[bool, ...]:
+    """The flags of a module's `call`, in its order; from it are read the places for `remat`."""
+    order = [*inspect.signature(call).parameters]
+    numbers = tuple(order.index(name) for name in MODULE_FLAGS)
+    places = f"Under `nn.remat`: `static_argnums={numbers}`, and pass the flags by place."
+    return tuple(boolean(name, value, places) for name, value in zip(MODULE_FLAGS, values))
 
 
 def rate(name: str, value: Any) -> float:
@@ -115,83 +140,7 @@ def axes(name: str, value: Any) -> tuple[int, ...]:
     return result
 
 
-# --- arrays -------------------------------------------------------------------------------------
-
-
-def is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def floating_array(name: str, value: Any, letters: str) -> None:
-    rule = f"`{name}` must be a floating-point array {letters}."
-    if not is_array(value):
-        evidence = f"{name} of type {type(value).__name__}"
-        fail(TypeError, rule, evidence, f"Pass `jnp.asarray({name})`.")
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        evidence = f"{name} of dtype {value.dtype} and shape {tuple(value.shape)}"
-        remedy = f"Embed token ids first, or cast: `{name}.astype('float32')`."
-        if value.dtype == np.bool_:
-            remedy = "Is it a mask? Pass it by its name, such as `attention_mask=`."
-        fail(TypeError, rule, evidence, remedy)
-
-
-def boolean_mask(name: str, value: Any) -> Array:
-    """`value` as booleans, True = may attend. Integers must be 0 or 1; floats are refused."""
-    rule = f"`{name}` must be boolean (or integer 0/1), True = may attend."
-    if not is_array(value):
-        value = _from_sequence(name, value, rule)
-    if jnp.issubdtype(value.dtype, jnp.floating):
-        remedy = (
-            "An additive float mask (0 and -inf) goes to `bias=`; "
-            "a 0.0/1.0 mask must say what it means: pass `mask > 0.5`."
-        )
-        fail(TypeError, rule, f"{name} of dtype {value.dtype}", remedy)
-    if not (jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == np.bool_):
-        fail(TypeError, rule, f"{name} of dtype {value.dtype}")
-    if value.dtype != np.bool_ and not isinstance(value, jax.core.Tracer):
-        _zeros_and_ones(name, np.asarray(value), rule)
-    return jnp.asarray(value).astype(bool)
-
-
-def _from_sequence(name: str, value: Any, rule: str) -> np.ndarray:
-    if not isinstance(value, (list, tuple)):
-        remedy = "Pass `mask.as_array(T, S)`." if hasattr(value, "as_array") else ""
-        fail(TypeError, rule, f"{name} of type {type(value).__name__}", remedy)
-    return np.asarray(value)
-
-
-def _zeros_and_ones(name: str, values: np.ndarray, rule: str) -> None:
-    if values.size and not np.isin(values, (0, 1)).all():
-        evidence = f"{name} of dtype {values.dtype} with values {np.unique(values)[:5].tolist()}"
-        fail(ValueError, rule, evidence, "An additive mask goes to `bias=`, as floats.")
-
-
-def integer_ids(name: str, value: Any) -> Array:
-    if not is_array(value) or not jnp.issubdtype(value.dtype, jnp.integer):
-        evidence = f"{name} of {getattr(value, 'dtype', type(value).__name__)}"
-        fail(TypeError, f"`{name}` must be an integer array, one id a position.", evidence)
-    return jnp.asarray(value)
-
-
-def positions(name: str, value: Any) -> Array:
-    """Integers `[R]`."""
-    rule = f"`{name}` must be integers [R], each in [0, T)."
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        fail(TypeError, rule, f"{name} of dtype {value.dtype}")
-    if value.ndim != 1:
-        fail(ValueError, rule, f"{name} of shape {value.shape}")
-    return value
-
-
-def rows_within(name: str, rows: Array, length: int) -> None:
-    """Every row in [0, length), where the values can be seen."""
-    if isinstance(rows, jax.core.Tracer):
-        return
-    outside = [int(row) for row in np.asarray(rows) if not 0 <= row < length]
-    if outside:
-        rule = f"`{name}` must be integers [R], each in [0, T) = [0, {length})."
-        fail(ValueError, rule, f"{outside[:5]}", "Count from the front: T - 1 is the last row.")
+# --- arrays: shapes and keys; what an array holds is checked in `array_checks` -----------------
 
 
 def broadcastable(
@@ -212,6 +161,7 @@ def prng_key(name: str, value: Any) -> None:
     if not is_array(value):
         shown = f"{name}={value!r}" if isinstance(value, int) else name
         fail(TypeError, rule, f"{shown} of type {type(value).__name__}", remedy)
+    known_dtype(name, value, rule)
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     if not typed and value.dtype != np.uint32:
         fail(TypeError, rule, f"{name} of dtype {value.dtype}", remedy)

@@ -23,6 +23,10 @@ class Restrictions(NamedTuple):
 def check_arrays(arrays: Any) -> None:
     """query, value and key, or the query alone, are floating."""
     letters = ("[..., T, D]", "[..., S, M]", "[..., S, C]")
+    if len(arrays) > 1 and arrays[1] is None:
+        rule = "`value` must be a floating-point array [..., S, M]."
+        remedy = "Self-attention is `value=query`; None stands for a `CrossCache` as `cache=`."
+        checks.fail(TypeError, rule, "value=None", remedy)
     for name, array, axes in zip(("query", "value", "key"), arrays, letters):
         checks.floating_array(name, array, axes)
 
@@ -35,10 +39,10 @@ def checked_restrictions(
         rule = "`config` must be a MultiHeadAttentionConfig."
         checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
     checks.x64_enabled("dtype", config.dtype)
-    return _booleans(restrictions)
+    return _checked(restrictions)
 
 
-def _booleans(restrictions: Restrictions) -> Restrictions:
+def _checked(restrictions: Restrictions) -> Restrictions:
     masks = {
         name: checks.boolean_mask(name, mask)
         for name, mask in restrictions._asdict().items()
@@ -46,4 +50,15 @@ def _booleans(restrictions: Restrictions) -> Restrictions:
     }
     if restrictions.bias is not None:
         checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
-    return restrictions._replace(**masks)
+    ids = {name: _ids(name, getattr(restrictions, name)) for name in ("segment_ids", "positions")}
+    return restrictions._replace(**masks, **ids)
+
+
+def _ids(name: str, value: Any) -> Any:
+    """Integers or a pair, looked at before `jit` keeps 32 bits of 64."""
+    if value is None or checks.is_array(value):
+        return None if value is None else checks.integer_ids(name, value)
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        rule = f"`{name}` must be integers [B, T], or a pair ([B, T], [B, S])."
+        checks.fail(TypeError, rule, f"{name} of type {type(value).__name__}")
+    return tuple(checks.integer_ids(name, array) for array in value)

@@ -5,6 +5,7 @@ heads = rotary(norm(x . W + b), position)
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
@@ -15,7 +16,8 @@ from flax_mha.layer.call import Call
 from flax_mha.layer.projection import as_rank
 from flax_mha.positions import Rotary
 
-EPSILON = 1e-6
+# Of "rms", added to the mean square, as in Gemma and Qwen 3; of "l2" the norm that counts as zero.
+EPSILONS = {"rms": 1e-6, "l2": 1e-12}
 
 
 def query_heads(params: ParamsLike, call: Call, config: MultiHeadAttentionConfig) -> Array:
@@ -35,19 +37,37 @@ def value_heads(params: ParamsLike, call: Call) -> Array:
 
 
 def _normalized(x: Array, norm: Any, call: Call, config: MultiHeadAttentionConfig) -> Array:
-    """x / sqrt(mean(x^2) + epsilon) * scale, over the features of each head."""
+    """Each head over its features: "rms" x / sqrt(mean(x^2) + epsilon) * scale, "l2" `_unit`."""
     if config.qk_norm is None:
         return x
+    epsilon = config.qk_norm_epsilon or EPSILONS[config.qk_norm]
     wide = x.astype(wide_dtype(x.dtype))
     # NaN at a removed position times a zero cotangent would reach the scale's gradient.
     finite = as_rank(jnp.isfinite(x).all((-2, -1)), x.ndim)
     safe = jnp.where(finite, wide, 0) if call.mask.removes_positions else wide
-    unit = safe / jnp.sqrt((safe**2).mean(-1, keepdims=True) + EPSILON)
+    if config.qk_norm == "l2":
+        unit = _unit(safe, epsilon)
+    else:
+        unit = safe / jnp.sqrt((safe**2).mean(-1, keepdims=True) + epsilon)
     if norm is not None:
         unit *= norm["scale"].astype(unit.dtype)[None, None, None]
     if call.mask.removes_positions:
         unit = jnp.where(finite, unit, nan_where(~finite, unit.dtype))
     return unit.astype(x.dtype)
+
+
+def _unit(x: Array, epsilon: float) -> Array:
+    """sqrt(H) x / |x|: products divided by sqrt(H) are sqrt(H) cos. Up to epsilon |x| counts as 0.
+
+    The largest feature is divided out first, for squares of 1e-23 or 1e20 leave float32. It needs
+    no gradient: the result does not depend on it.
+    """
+    largest = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True))
+    safe = x / jnp.where(largest > 0, largest, 1)
+    square = (safe**2).mean(-1, keepdims=True)
+    # A zero has no direction: with |x| <= epsilon no gradient of 1 / epsilon comes back. NaN stays.
+    is_zero = largest * jnp.sqrt(jax.lax.stop_gradient(square) * x.shape[-1]) <= epsilon
+    return jnp.where(is_zero, 0, safe / jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def _turned(x: Array, position_bT: Array | None, config: MultiHeadAttentionConfig) -> Array:

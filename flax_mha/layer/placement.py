@@ -28,7 +28,7 @@ def positions_of(
     config: MultiHeadAttentionConfig,
     offset_B: Array | None = None,
 ) -> Positions:
-    """The caller's; or those in each segment; or 0, 1, ... from the cache's length on."""
+    """The caller's; or those within each segment; or 0, 1, ... from the cache's length on."""
     if not isinstance(config.position, Rotary):
         if positions is not None:
             rule = "`positions` are read by rotary embedding alone."
@@ -71,8 +71,14 @@ def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:
 
 
 def restarted(ids_bT: Array) -> Array:
-    """Positions that begin at 0 anew wherever the segment id changes, `[b, T]`."""
+    """Positions that count each segment's tokens, `[b, T]`: how many before have the same id.
+
+    An id that comes back goes on with its own count, for it attends to its first run: the two are
+    one document. A stable sort brings equal ids together, in order; O(T log T).
+    """
     index_bT = jnp.broadcast_to(jnp.arange(ids_bT.shape[1], dtype="int32")[None], ids_bT.shape)
-    changes_bT = jnp.pad(ids_bT[:, 1:] != ids_bT[:, :-1], ((0, 0), (1, 0)))
+    sorted_bT, place_bT = jax.lax.sort((ids_bT, index_bT), dimension=1, is_stable=True, num_keys=1)
+    changes_bT = jnp.pad(sorted_bT[:, 1:] != sorted_bT[:, :-1], ((0, 0), (1, 0)))
     start_bT = jax.lax.cummax(jnp.where(changes_bT, index_bT, 0), axis=1)
-    return index_bT - start_bT
+    _, count_bT = jax.lax.sort((place_bT, index_bT - start_bT), dimension=1, num_keys=1)
+    return count_bT

@@ -61,7 +61,7 @@ class Rotary(Frozen):
 
     base: Positive = 10000.0
     dim: Annotated[int | None, _even] = None
-    interleaved: bool = False
+    interleaved: Annotated[bool, checks.boolean] = False
     scaling: Annotated[Scaling | None, _scaling] = None
 
     def frequencies(self, H: int) -> np.ndarray:

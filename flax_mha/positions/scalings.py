@@ -102,6 +102,7 @@ class YarnScaling(Scaling):
         beta_fast: pairs that turn more often than this in original_length stay.
         beta_slow: pairs that turn less often are divided by `factor`.
         attention_factor: what cos and sin are multiplied by; None = 0.1 ln(factor) + 1.
+        truncate: whether the ramp begins and ends at whole pairs; False for gpt-oss.
 
     Reference: Peng et al., "YaRN", https://arxiv.org/abs/2309.00071.
 
@@ -117,6 +118,7 @@ class YarnScaling(Scaling):
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
     attention_factor: Annotated[float | None, _optional_positive] = None
+    truncate: Annotated[bool, checks.boolean] = True
 
     def magnitude(self) -> float:
         if self.attention_factor is not None:
@@ -125,8 +127,10 @@ class YarnScaling(Scaling):
 
     def __call__(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         dim = 2 * len(frequencies)
-        first = max(math.floor(self._pair(self.beta_fast, dim, base)), 0)
-        last = min(math.ceil(self._pair(self.beta_slow, dim, base)), dim - 1)
+        first, last = (self._pair(turns, dim, base) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
         width = last - first if last > first else 1e-3
         divided = np.clip((np.arange(dim // 2) - first) / width, 0, 1)
         return frequencies * (1 - divided + divided / self.factor)

@@ -9,6 +9,7 @@ from flax_mha import (
     Mask,
     MultiHeadAttention,
     MultiHeadAttentionConfig,
+    attention_scores,
     dot_product_attention,
     explain,
     forward,
@@ -42,7 +43,8 @@ def test_the_call_without_mistake_works():
         ({"num_kv_heads": 2}, ValueError, r"multiple of `num_kv_heads` \(K\).*num_heads=3"),
         ({"dropout": 1.5}, ValueError, r"`dropout` must be a probability in \[0, 1\].*1\.5"),
         ({"dropout": "0.1"}, TypeError, r"`dropout` must be a probability.*str"),
-        ({"use_bias": 1}, TypeError, r"`use_bias` must be True or False"),
+        ({"use_bias": 2}, ValueError, r"`use_bias` must be True or False.*use_bias=2"),
+        ({"use_bias": 1.0}, TypeError, r"`use_bias` must be True or False.*float"),
         ({"use_gate": None}, TypeError, r"`use_gate` must be True or False"),
         ({"output_shape": (2, 0)}, ValueError, r"`output_shape` must be a positive integer"),
         ({"output_shape": "ab"}, TypeError, r"`output_shape` must be an int or a tuple"),
@@ -76,7 +78,8 @@ def test_unknown_field_is_refused_with_the_closest_name():
     ("arguments", "error", "message"),
     [
         ({"query": [[1.0]]}, TypeError, r"`query` must be a floating-point array.*list"),
-        ({"query": None}, TypeError, r"`query` must be a floating-point array.*NoneType"),
+        ({"query": None}, TypeError, r"`query` must be a floating-point array.*query=None\.$"),
+        ({"value": None}, TypeError, r"value=None\. Self-attention is `value=query`.*`CrossCache`"),
         ({"query": jnp.zeros((B, T, D), int)}, TypeError, r"int32.*Embed token ids first"),
         ({"query": jnp.zeros(D)}, ValueError, r"one rank >= 2.*query \(17,\)"),
         ({"query": jnp.zeros((T, D))}, ValueError, r"one rank >= 2.*query \(5, 17\)"),
@@ -87,7 +90,7 @@ def test_unknown_field_is_refused_with_the_closest_name():
         ({"config": CONFIG.replace(attention_axes=2)}, ValueError, r"`attention_axes` must be different axes among 0\.\.1"),
         ({"config": CONFIG.replace(attention_axes=(1, -2))}, ValueError, r"different axes"),
         ({"config": CONFIG.replace(dtype="float64")}, ValueError, r"jax_enable_x64"),
-        ({"use_causal_mask": 1}, TypeError, r"`use_causal_mask` must be True or False"),
+        ({"query": QUERY.astype("complex64")}, TypeError, r"`query` must .*complex64.*query\.imag"),
         ({"return_attention_scores": None}, TypeError, r"`return_attention_scores` must be"),
         ({"dropout_key": 0}, TypeError, r"`dropout_key` must be one JAX PRNG key.*jax\.random\.key"),
         ({"dropout_key": jax.random.split(jax.random.key(0))}, ValueError, r"vmap"),
@@ -115,7 +118,8 @@ def test_call(arguments, error, message):
         ({"value_mask": jnp.ones((B, T), bool)}, ValueError, r"`value_mask` must have the shape \[\*batch, S\] = \(2, 7\)"),
         ({"key_mask": jnp.ones((3, S), bool)}, ValueError, r"`key_mask` must broadcast"),
         ({"value_mask": jnp.ones((B, 1), bool)}, ValueError, r"`value_mask` must have the shape"),
-        ({"bias": jnp.ones((B, T, S), int)}, TypeError, r"`bias` must be a floating-point array"),
+        ({"bias": jnp.ones((B, T, S), int)}, TypeError, r"int32.* Cast it: `bias\.astype\('float32'\)`\.$"),
+        ({"bias": jnp.ones((B, T, S), bool)}, TypeError, r"`bias` must .*bool.*Is it a mask"),
         ({"bias": jnp.ones((B, S, T))}, ValueError, r"`bias` must broadcast.*Did you swap"),
         ({"segment_ids": jnp.ones((B, T), int)}, ValueError, r"must be a pair"),
         ({"segment_ids": (jnp.ones((B, T)), jnp.ones((B, S)))}, TypeError, r"`segment_ids` must be an integer array"),
@@ -124,6 +128,68 @@ def test_call(arguments, error, message):
 def test_masks(arguments, error, message):
     with pytest.raises(error, match=message):
         call(**arguments)
+
+
+class Tensor:
+    """Stands for a tensor of PyTorch, whose dtype JAX cannot read."""
+
+    def __init__(self, dtype, *shape):
+        self.shape, self.dtype = (
+            shape,
+            type("dtype", (), {"__repr__": lambda _: f"torch.{dtype}"})(),
+        )
+
+
+Tensor.__module__ = "torch"
+X, OF_TORCH = Tensor("float32", B, T, D), r"torch\.Tensor\. Pass `{}\.detach\(\)\.cpu\(\)\."
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("query", lambda: call(X, X)),
+        ("value", lambda: call(value=Tensor("float32", B, S, M))),
+        ("value_mask", lambda: call(value_mask=Tensor("bool", B, S))),
+        ("attention_mask", lambda: call(attention_mask=Tensor("bool", T, S))),
+        ("bias", lambda: call(bias=Tensor("float32", T, S))),
+        ("segment_ids", lambda: call(segment_ids=(Tensor("int64", B, T), Tensor("int64", B, S)))),
+        ("dropout_key", lambda: call(dropout_key=Tensor("int64", 2))),
+        ("key", lambda: dot_product_attention(Q, Tensor("float32", *K.shape), V)),
+        ("mask", lambda: dot_product_attention(Q, K, V, mask=Tensor("bool", T, S))),
+        ("query", lambda: MultiHeadAttention(N, H).init(jax.random.key(0), X, X)),
+        (
+            r"params\['query'\]\['bias'\]",
+            lambda: call(params=with_query_bias(Tensor("half", N, H))),
+        ),
+    ],
+)
+def test_tensors_of_torch(name, run):
+    with pytest.raises(TypeError, match=OF_TORCH.format(name)):
+        run()
+
+
+def with_query_bias(bias):
+    return {**PARAMS, "query": {**PARAMS["query"], "bias": bias}}
+
+
+def test_tensors_of_other_kinds():
+    with pytest.raises(TypeError, match=r"query\.detach\(\)\.cpu\(\)\.float\(\)\.numpy\(\)"):
+        call(Tensor("bfloat16", B, T, D))  # NumPy has no such type
+    other = type("Array", (Tensor,), {"__module__": "mlx.core"})
+    with pytest.raises(TypeError, match=r"type mlx\.Array\. Pass `numpy\.asarray\(query\)`"):
+        call(other("float32", B, T, D))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("complex64", "Weights are real"), ("int32", "Cast it"), ("bool", "")]
+)
+def test_parameters_that_are_no_floats(dtype, remedy):
+    params = with_query_bias(jnp.zeros((N, H), dtype))
+    message = rf"params\['query'\]\['bias'\] must be floating-point.*dtype {dtype}.*{remedy}"
+    with pytest.raises(TypeError, match=message):
+        call(params=params)
+    with pytest.raises(TypeError, match=message):
+        attention_scores(params, QUERY, VALUE, config=CONFIG, query_rows=jnp.array([0]))
 
 
 def test_a_mask_that_could_be_two_things_is_refused():
@@ -192,6 +258,8 @@ Q, K, V = jnp.zeros((B, T, 6, H)), jnp.zeros((B, S, 2, H)), jnp.zeros((B, S, 2, 
         ({**DROPOUT, "block_sizes": (6, 8)}, ValueError, r"must be a multiple of 4.*\(6, 8\)"),
         ({"local_window_size": -1}, ValueError, r"`left` must be a non-negative integer"),
         ({"is_causal": None}, TypeError, r"`is_causal` must be True or False"),
+        ({"is_causal": 2}, ValueError, r"`is_causal` must be True or False"),
+        ({"return_weights": jnp.ones((), bool)}, TypeError, r"`return_weights` must be True or False"),
         ({"implementation": "flash"}, ValueError, r"`implementation` must be one of \['reference'"),
     ],
 )  # fmt: skip

@@ -1,12 +1,13 @@
 """Rotary embedding, ALiBi and relative bias against formulas as loops, and papers' tables."""
 
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, normal, random_params
+from helpers import assert_close, normal, random_params, x64
 
 from flax_mha import (
     MultiHeadAttentionConfig,
@@ -97,6 +98,18 @@ def test_yarn_scaling_pair_by_pair():
     assert scaled[0] == pytest.approx(1.0)
     assert scaled[-1] == pytest.approx(base ** (-(dim - 2) / dim) / factor)
     assert scaling.magnitude() == pytest.approx(0.1 * math.log(4) + 1)
+    scaled = Rotary(base=base, scaling=YarnScaling(factor, length, truncate=False)).frequencies(dim)
+    for i, frequency in enumerate(scaled):  # the ramp's ends between two pairs
+        ramp = min(max((i - at(32)) / (at(1) - at(32)), 0), 1)
+        plain = base ** (-2 * i / dim)
+        assert frequency == pytest.approx(plain / factor * ramp + plain * (1 - ramp), rel=1e-12)
+    gpt_oss, rounded = (
+        Rotary(150000.0, scaling=YarnScaling(32.0, 4096, truncate=truncate)).frequencies(dim)
+        for truncate in (False, True)
+    )
+    off = np.abs(rounded / gpt_oss - 1)  # by rounding, as measured with the transformers library
+    assert off.argmax() == 17
+    assert off.max() == pytest.approx(0.7626824732795565, rel=1e-6)
     x, at_zero = normal(0, 1, 1, 1, dim), jnp.zeros((1, 1), int)
     stretched = Rotary(scaling=scaling)(x, at_zero)
     assert_close(stretched, x * scaling.magnitude(), "float32")
@@ -121,6 +134,15 @@ def test_yarn_scaling_pair_by_pair():
         (
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
             YarnScaling(4.0, 2048),
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+            YarnScaling(32.0, 4096, truncate=False),
         ),
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
@@ -250,7 +272,7 @@ def test_the_bias_s_memory_is_linear():
 
 def test_positions_begin_anew_in_each_segment():
     ids = jnp.array([[5, 5, 5, 2, 2, 2, 2], [1, 1, 0, 0, 0, 1, 1]])
-    assert restarted(ids).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1]]
+    assert restarted(ids).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 2, 3]]
     config = MultiHeadAttentionConfig(N, H, position=Rotary(dim=4))
     x = normal(3, 1, T, D)
     params = random_params(param_shapes(config, x.shape))
@@ -261,6 +283,36 @@ def test_positions_begin_anew_in_each_segment():
         alone = multi_head_attention(params, part, part, config=config, use_causal_mask=True)
         start = 0 if part.shape[1] == 3 else 3
         assert_close(packed[:, start : start + part.shape[1]], alone, "float32")
+
+
+def test_an_id_that_comes_back_counts_on():
+    """It attends to its first run, so the two are one document: as if nothing stood between."""
+    ids = np.random.default_rng(0).integers(-2, 3, size=(3, 40))
+    counts = [[(row[:t] == row[t]).sum() for t in range(40)] for row in ids]
+    assert restarted(jnp.asarray(ids)).tolist() == counts
+    config = MultiHeadAttentionConfig(N, H, position="rotary")
+    x, back = normal(3, 1, T, D), np.array([[1, 1, 2, 2, 1, 2, 1]])
+    params = random_params(param_shapes(config, x.shape))
+    call = dict(config=config, use_causal_mask=True)
+    packed = multi_head_attention(params, x, x, segment_ids=back, **call)
+    for document in (1, 2):
+        joined = x[:, back[0] == document]
+        alone = multi_head_attention(params, joined, joined, **call)
+        assert_close(packed[:, back[0] == document], alone, "float32")
+    _, scores = multi_head_attention(
+        params, x, x, segment_ids=back, return_attention_scores=True, **call
+    )
+    rows = attention_scores(
+        params, x, x, segment_ids=(back, back), query_rows=jnp.array([6]), **call
+    )
+    assert_close(rows, scores[:, :, 6:], "float32")
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (2, 1), (1, 5)])
+def test_counts_of_few_tokens_and_of_one_document(shape):
+    counts = restarted(jnp.full(shape, 7))
+    assert counts.dtype == jnp.int32
+    np.testing.assert_array_equal(counts, np.broadcast_to(np.arange(shape[1]), shape))
 
 
 def test_explicit_positions():
@@ -305,6 +357,90 @@ def test_qk_norms_and_sinks_from_their_formulas():
     assert_close(scores, powers / powers.sum(-1, keepdims=True), "float32")
 
 
+def cosine_layer(x, dtype="float32", **fields):
+    """(config, params, the weights of sqrt(H) cos(query, key) in float64)."""
+    config = MultiHeadAttentionConfig(N, H, qk_norm="l2", use_bias=False, **fields)
+    params = random_params(param_shapes(config, x.shape), dtype=dtype)
+    query, key = (
+        np.einsum("btd,dnh->btnh", *(np.asarray(y, np.float64) for y in (x, params[n]["kernel"])))
+        for n in ("query", "key")
+    )
+    query, key = (y / np.linalg.norm(y, axis=-1, keepdims=True) for y in (query, key))
+    powers = np.exp(np.sqrt(H) * np.einsum("btnh,bsnh->bnts", query, key))
+    return config, params, powers / powers.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [1e25, 1.0, 1e-3, 1e-6, 1e-10])
+def test_l2_is_a_cosine_at_every_size(size):
+    """Squares of 1e25 and of 1e-23 leave float32; the cosine does not depend on the size."""
+    x = normal(5, B, T, D)
+    config, params, expected = cosine_layer(x)
+    _, scores = multi_head_attention(
+        params, size * x, size * x, config=config, return_attention_scores=True
+    )
+    assert_close(scores, expected, "float32")
+
+
+def test_l2_in_16_bits_is_the_cosine_of_the_rounded_heads():
+    x = normal(5, B, T, D).astype("bfloat16")
+    config, params, expected = cosine_layer(x, "bfloat16")
+    small = (x * 2.0**-20, x * 2.0**-20)
+    _, scores = multi_head_attention(params, *small, config=config, return_attention_scores=True)
+    assert_close(scores, expected, "bfloat16")
+
+
+def test_a_head_of_zeros_has_no_direction_and_no_gradient():
+    config, params, _ = cosine_layer(normal(5, B, T, D))
+    x, value = normal(5, B, T, D).at[0, 2].set(0.0), normal(6, B, T, D)
+    _, scores = multi_head_attention(params, x, x, config=config, return_attention_scores=True)
+    assert_close(scores[0, :, 2], np.full((N, T), 1 / T), "float32")  # cos = 0 with every key
+    loss = lambda x: (multi_head_attention(params, x, value, config=config) ** 2).sum()
+    gradient = jax.grad(loss)(x)
+    assert np.isfinite(gradient).all()
+    assert not gradient[0, 2].any()
+    assert np.abs(gradient[0, 3]).max() > 1e-3
+    curvature = jax.jvp(jax.grad(loss), (x,), (jnp.ones_like(x),))[1]
+    assert np.isfinite(curvature).all()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_l2_hides_no_nan(broken):
+    x = normal(5, B, T, D)
+    config, params, _ = cosine_layer(x)
+    output = np.asarray(multi_head_attention(params, x.at[0, 2, 3].set(broken), x, config=config))
+    assert np.isnan(output[0, 2]).all()
+    assert np.isfinite(output[1]).all()
+
+
+def test_l2_s_gradient_is_that_of_the_quotient():
+    """The largest feature that is divided out carries no gradient, and none is missing."""
+    with x64():
+        x = normal(5, 1, 3, D, dtype="float64")
+        config = MultiHeadAttentionConfig(N, H, qk_norm="l2", param_dtype="float64")
+        params = random_params(param_shapes(config, x.shape), dtype="float64")
+        loss = lambda x: (multi_head_attention(params, x, x, config=config) ** 2).sum()
+        direction = normal(6, 1, 3, D, dtype="float64")
+        slope = float((jax.grad(loss)(x) * direction).sum())
+        step = 1e-5
+        differences = float(loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    assert slope == pytest.approx(differences, rel=1e-7)
+
+
+def test_the_epsilon_of_the_norms():
+    x = normal(5, B, T, D)
+    scores = lambda **fields: multi_head_attention(
+        params, x, x, config=config.replace(**fields), return_attention_scores=True
+    )[1]
+    config = MultiHeadAttentionConfig(N, H, qk_norm="rms")
+    params = random_params(param_shapes(config, x.shape))
+    np.testing.assert_array_equal(scores(qk_norm_epsilon=1e-6), scores())
+    assert np.abs(scores(qk_norm_epsilon=1.0) - scores()).max() > 1e-2
+    config, params, _ = cosine_layer(x)
+    assert_close(scores(qk_norm_epsilon=1e6), np.full((B, N, T, T), 1 / T), "float32")
+    back = config.replace(qk_norm_epsilon=1e-5)
+    assert MultiHeadAttentionConfig.from_dict(json.loads(json.dumps(back.to_dict()))) == back
+
+
 def test_nan_in_padding_reaches_no_gradient_of_the_norms():
     config = MultiHeadAttentionConfig(N, H, qk_norm="rms", use_sinks=True, position="rotary")
     x = normal(6, B, T, D).at[0, 5:].set(jnp.nan)
@@ -343,12 +479,13 @@ def test_new_parameters_start_neutral():
         RelativeBias(8, 16, False),
         Rotary(500.0, 4, True, YarnScaling(4, 64)),
         Rotary(scaling=Llama3Scaling()),
+        Rotary(150000.0, scaling=YarnScaling(32.0, 4096, truncate=False)),
     ],
     ids=str,
 )
 def test_configs_go_to_json_and_back(position):
     config = MultiHeadAttentionConfig(N, H, position=position, qk_norm="l2", soft_cap=30)
-    back = MultiHeadAttentionConfig.from_dict(config.to_dict())
+    back = MultiHeadAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert back == config
     assert hash(back) == hash(config)
 
@@ -361,7 +498,9 @@ def test_configs_go_to_json_and_back(position):
         ({"position": {"class_name": "Rotary", "config": {"bas": 3}}}, ValueError, "mean 'base'"),
         ({"qk_norm": "layer"}, ValueError, r"`qk_norm` must be one of \['rms', 'l2'\]"),
         ({"soft_cap": 0}, ValueError, "`soft_cap` must be a finite number > 0"),
-        ({"use_sinks": 1}, TypeError, "`use_sinks` must be True or False"),
+        ({"use_sinks": 2}, ValueError, "`use_sinks` must be True or False"),
+        ({"qk_norm_epsilon": 1e-5}, ValueError, "`qk_norm_epsilon` is read by `qk_norm` alone"),
+        ({"qk_norm": "rms", "qk_norm_epsilon": 0}, ValueError, "must be a finite number > 0"),
     ],
 )  # fmt: skip
 def test_bad_configs(fields, error, message):
@@ -372,6 +511,9 @@ def test_bad_configs(fields, error, message):
 def test_bad_rotary():
     with pytest.raises(ValueError, match="must be even"):
         Rotary(dim=3)
+    for make in (lambda: Rotary(interleaved="no"), lambda: YarnScaling(4, 64, truncate=None)):
+        with pytest.raises(TypeError, match=r"(interleaved|truncate)` must be True or False"):
+            make()
     with pytest.raises(TypeError, match=r"Rotary.scaling` must be a Scaling"):
         Rotary(scaling="llama3")
     config = MultiHeadAttentionConfig(N, 7, position="rotary")

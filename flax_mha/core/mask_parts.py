@@ -1,0 +1,53 @@
+"""The arrays that a mask is made of, in one form: booleans, and ids that can be compared."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_mha.core import checks
+from flax_mha.core.typing import Array
+
+
+def padding(name: str, array: Any) -> Array | None:
+    """Booleans `[1 or B, length]`."""
+    return None if array is None else _rank_two(name, checks.boolean_mask(name, array))
+
+
+def dense(array: Any) -> Array:
+    """Booleans of rank 4, axes aligned from the right."""
+    array = checks.boolean_mask("dense", array)
+    if array.ndim > 4:
+        rule = "A dense mask must broadcast to [B, N, T, S]."
+        checks.fail(ValueError, rule, f"shape {array.shape}")
+    return jax.lax.broadcast_to_rank(array, 4)
+
+
+def segments(query_ids: Any, key_ids: Any) -> tuple[Array, Array]:
+    """Ids `[1 or B, length]` of one type that holds both: none is cut, for a cut id is another."""
+    named = {"query_ids": query_ids, "key_ids": key_ids}
+    query, key = (_rank_two(name, _wide(checks.integer_ids(name, x))) for name, x in named.items())
+    common = np.promote_types(query.dtype, key.dtype)
+    if not np.issubdtype(common, np.integer) or jax.dtypes.canonicalize_dtype(common) != common:
+        rule = "`query_ids` and `key_ids` must have one type, or types that one type holds."
+        checks.fail(TypeError, rule, f"{query.dtype} and {key.dtype}", "Cast one of them.")
+    return query.astype(common), key.astype(common)
+
+
+def offset(value: Any) -> Any:
+    """A query offset as it was given: two bands share one where it is the same object."""
+    if value is not None:
+        array = value if checks.is_array(value) else np.asarray(value)
+        checks.fits("query_offset", checks.integer_ids("query_offset", array), "int32")
+    return value
+
+
+def _wide(ids: Array) -> Array:
+    return ids if ids.dtype.itemsize >= 4 else ids.astype("int32")
+
+
+def _rank_two(name: str, array: Array) -> Array:
+    if len(array.shape) not in (1, 2):
+        rule = f"`{name}` must have the axes [B, length] or [length]."
+        checks.fail(ValueError, rule, f"shape {tuple(array.shape)}")
+    return jax.lax.broadcast_to_rank(array, 2)
