@@ -140,6 +140,9 @@ def explain(
     _known(implementation)
     bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
     bound.apply_defaults()
+    mask = bound.arguments["mask"]
+    if checks.is_array(mask) and not isinstance(mask, jax.ShapeDtypeStruct):
+        bound.arguments["mask"] = checks.boolean_mask("mask", mask)  # before tracing hides it
     static = {k: x for k, x in bound.arguments.items() if k not in (*DATA, "implementation")}
     reasons: dict[str, str] = {}
 

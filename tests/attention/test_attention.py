@@ -293,6 +293,14 @@ def test_explain_gives_every_reason_without_computing(picky):
     assert alone == "ok, and None chooses it: no other can"
 
 
+def test_explain_sees_the_values_of_a_mask():
+    x = normal(0, B, T, N, H)
+    zeros_and_ones = np.tri(T, dtype="int32")
+    assert explain(x, x, x, mask=zeros_and_ones)["blockwise"].startswith("ok")
+    with pytest.raises(ValueError, match="integer 0/1"):
+        explain(x, x, x, mask=-10000 * zeros_and_ones)
+
+
 def test_explain_takes_the_arguments_of_the_function():
     takes = inspect.signature(dot_product_attention).parameters
     own = inspect.signature(canonical).parameters
