@@ -5,14 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import serialization
 
 from flax_mha.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
-from flax_mha.layer import CrossCache, KVCache
+from flax_mha.layer.caches import CrossCache, KVCache, register_state
 from flax_mha.params import init_projection, param_shapes
 from flax_mha.training import activity_loss, regularization_loss
+
+register_state(serialization.register_serialization_state)
 
 
 class MultiHeadAttention(nn.Module):
@@ -98,6 +101,8 @@ class MultiHeadAttention(nn.Module):
         config = self.config
         params = self._params(config, query, value, value if key is None else key)
         sow_scores = self.sow_attention_scores and self.is_mutable_collection("intermediates")
+        masks: Any = dict(query_mask=query_mask, value_mask=value_mask, key_mask=key_mask)
+        others: Any = dict(bias=bias, segment_ids=segment_ids, positions=positions, cache=cache)
         activations = forward(
             params,
             query,
@@ -107,14 +112,9 @@ class MultiHeadAttention(nn.Module):
             use_causal_mask=use_causal_mask,
             return_attention_scores=return_attention_scores or sow_scores,
             dropout_key=self._dropout_key(checks.boolean("training", training)),
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
             attention_mask=attention_mask,
-            bias=bias,
-            segment_ids=segment_ids,
-            positions=positions,
-            cache=cache,
+            **masks,
+            **others,
         )
         self._sow_losses(params, activations, config)
         if sow_scores:

@@ -7,11 +7,14 @@ Below 0 it is spoiled: what a trace could not refuse has happened to it, and its
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from flax_mha.core import checks
 from flax_mha.core.typing import Array
@@ -225,3 +228,45 @@ def _reordered(cache: Any, rows: Any) -> Any:
     moved = jax.tree.map(lambda x: taken(x, index), cache)
     inside = inside.reshape(-1, *(1,) * (cache.length.ndim - 1))
     return dataclasses.replace(moved, length=jnp.where(inside, moved.length, SPOILED))
+
+
+# --- leaving the process ------------------------------------------------------------------------
+
+
+def register_state(register: Callable[..., Any]) -> None:
+    """Tells flax's `register_serialization_state` how the arrays of both caches go out and in."""
+    for kind in (KVCache, CrossCache):
+        register(kind, _state_of, _with_state)
+
+
+def _state_of(cache: Any) -> dict[str, Any]:
+    """The arrays by their names; what is static comes from the cache that is restored into."""
+    return {name: getattr(cache, name) for name in _arrays_of(type(cache))}
+
+
+def _with_state(cache: Any, state: dict[str, Any]) -> Any:
+    names = _arrays_of(type(cache))
+    if sorted(state) != sorted(names):
+        rule = f"The state of a {type(cache).__name__} has the entries {names}."
+        checks.fail(ValueError, rule, f"{sorted(state)}")
+    for name in names:
+        shapes = [None if x is None else np.shape(x) for x in (getattr(cache, name), state[name])]
+        if shapes[0] != shapes[1]:
+            rule = (
+                f"`{name}` must have the shape of the cache that it is restored into, {shapes[0]}."
+            )
+            checks.fail(ValueError, rule, f"shape {shapes[1]}")
+    return dataclasses.replace(cache, **state)
+
+
+def _arrays_of(kind: Any) -> list[str]:
+    return [x.name for x in dataclasses.fields(kind) if not x.metadata.get("static")]
+
+
+for _kind in (KVCache, CrossCache):
+    export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"flax_mha.{_kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
+    )
