@@ -208,14 +208,15 @@ def _rewound(cache: Any, length: Any, start: Any, window: int | None) -> Array:
     arrays = (wanted, cache.length, start)
     if not any(isinstance(array, jax.core.Tracer) for array in arrays):
         known = [np.asarray(array) for array in arrays]
-        if not _is_held(known[0], known[1], known[2], window).all():
-            _refuse_rewind(cache, known[0])
+        held = _is_held(known[0], known[1], known[2], window)
+        if not held.all():
+            _refuse_rewind(cache, known[0][~held], known[1][~held])
     return jnp.where(_is_held(wanted, cache.length, start, window), wanted, SPOILED)
 
 
-def _refuse_rewind(cache: Any, wanted: np.ndarray) -> None:
+def _refuse_rewind(cache: Any, wanted: np.ndarray, now: np.ndarray) -> None:
     rule = "`rewind` goes back to a length in [0, length] whose tokens are still held."
-    evidence = f"{wanted.tolist()} of lengths {np.asarray(cache.length).tolist()}"
+    evidence = f"{wanted[:5].tolist()} of examples of length {now[:5].tolist()}"
     if getattr(cache, "window", None) is None:
         checks.fail(ValueError, rule, evidence)
     evidence += f", in a ring of {cache.capacity} slots for a window of {cache.window}"
