@@ -3,6 +3,7 @@
 Prefill and steps are one call, `multi_head_attention(..., cache=cache)`, with any number of tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from flax_mha.core import checks
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
 from flax_mha.layer.arguments import Restrictions
+from flax_mha.layer.cached_call import check_limit, check_order
 from flax_mha.layer.call import prepare
 from flax_mha.layer.heads import key_heads, value_heads
 
@@ -24,6 +26,9 @@ def init_cache(
     batch_shape: int | Sequence[int],
     capacity: int,
     dtype: Any = None,
+    *,
+    slack: int = 0,
+    is_causal: bool = True,
 ) -> KVCache:
     """An empty cache for one layer.
 
@@ -32,16 +37,21 @@ def init_cache(
         batch_shape: the batch axes of the inputs, an int or a tuple; () for one sequence `[T, D]`.
         capacity: the most tokens that an example may have, prompt included. With a sliding window
             of at most that size, the cache is a ring of the window's size, and never full.
-        dtype: the compute dtype; None = the config's, or float32.
+        dtype: the compute dtype; None = the config's `dtype`, or else its `param_dtype`. Parameters
+            and inputs of different dtypes compute in what they promote to: name that.
+        slack: further slots of a ring. It can then be rewound by slack + 1 tokens however often it
+            went round, as speculative decoding needs; a cache that is no ring needs none.
+        is_causal: False = the new tokens of one call see each other as well as the past, unless the
+            call has `use_causal_mask=True`: for the prompt of a prefix language model.
 
     Returns:
         A `KVCache` of zeros with length 0.
 
     Raises:
-        ValueError: a capacity below 1.
+        ValueError: a capacity below 1, a negative slack, a window without causal order.
         TypeError: a dtype that is not floating.
 
-    Memory: 2 K S H numbers an example, S = min(capacity, sliding_window).
+    Memory: 2 K S H numbers an example, S = capacity or, of a ring, sliding_window + slack.
 
     Guide: `python -m flax_mha guide decoding`.
 
@@ -63,17 +73,21 @@ def init_cache(
     slots = checks.integer("capacity", capacity, minimum=1)
     window = config.sliding_window
     is_ring = window is not None and window <= slots
-    slots = window if window is not None and is_ring else slots
+    slack = checks.integer("slack", slack, minimum=0)
+    slots = window + slack if window is not None and is_ring else slots
+    check_order(checks.boolean("is_causal", is_causal), config)
     batch = (batch_shape,) if hasattr(batch_shape, "__index__") else tuple(batch_shape)
     batch = tuple(checks.integer("batch_shape", size, minimum=0) for size in batch)
-    name = checks.floating_dtype("dtype", dtype or config.dtype or "float32")
+    name = checks.floating_dtype("dtype", dtype or config.dtype or config.param_dtype)
     checks.x64_enabled("dtype", name)
     _, K, H, V = config.dims
     return KVCache(
         jnp.zeros((*batch, K, slots, H), name),
         jnp.zeros((*batch, K, slots, V), name),
-        jnp.zeros(batch, "int32"),
-        is_ring,
+        length=jnp.zeros(batch, "int32"),
+        start=jnp.zeros(batch, "int32"),
+        window=window if is_ring else None,
+        is_causal=is_causal,
     )
 
 
@@ -84,6 +98,7 @@ def init_cross_cache(
     *,
     config: MultiHeadAttentionConfig,
     value_mask: Array | None = None,
+    max_queries: int | None = None,
 ) -> CrossCache:
     """An encoder's keys and values, projected once for all steps of a decoder.
 
@@ -93,12 +108,15 @@ def init_cross_cache(
         key: `[B, S, C]`; None = value.
         config: the layer.
         value_mask: booleans `[B, S]`, True = real.
+        max_queries: the most queries that an example will have, all calls together; None = no
+            limit. ALiBi and relative biases need it: they are tables of all distances.
 
     Returns:
-        A `CrossCache`: pass it as `cache=`, with `value=None`.
+        A `CrossCache`: pass it as `cache=`, with `value=None`, and the one that comes back to the
+        next call. It counts the queries: they stand at 0, 1, 2, ... beside the keys.
 
     Raises:
-        As `multi_head_attention`.
+        ValueError: a bias of distance without `max_queries`; and as `multi_head_attention`.
 
     Memory: O(B S (H + V) K).
 
@@ -115,7 +133,11 @@ def init_cross_cache(
     checks.instance("config", config, MultiHeadAttentionConfig)
     checks.floating_array("value", value, "[B, S, M]")
     mask = None if value_mask is None else checks.boolean_mask("value_mask", value_mask)
-    return _project_source(params, value, value if key is None else key, mask, config=config)
+    if max_queries is not None:
+        checks.integer("max_queries", max_queries, minimum=1)
+    check_limit(max_queries, config)
+    cache = _project_source(params, value, value if key is None else key, mask, config=config)
+    return dataclasses.replace(cache, max_queries=max_queries)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -133,4 +155,9 @@ def _project_source(
     call = prepare(params, (nobody, value, key), Restrictions(value_mask=mask), config, False)
     batch = call.folding.batch
     fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731
-    return CrossCache(fold(key_heads(params, call, config)), fold(value_heads(params, call)), mask)
+    return CrossCache(
+        fold(key_heads(params, call, config)),
+        fold(value_heads(params, call)),
+        length=jnp.zeros(batch, "int32"),
+        mask=None if mask is None else jnp.broadcast_to(mask, (*batch, mask.shape[-1])),
+    )

@@ -64,9 +64,11 @@ def multi_head_attention(
         segment_ids: integers `[B, T]`, or a pair `([B, T], [B, S])`: attention within equal ids.
             Rotary positions count the tokens of each id: an id that comes back counts on.
         positions: integers `[B, T]`, or a pair `([B, T], [B, S])`, for rotary embedding; None =
-            0, 1, 2, ..., from the cache's length on where there is one.
-        cache: a `KVCache`, which takes in the T new tokens: `use_causal_mask` counts from its
-            length, and `value_mask` marks the real ones (right padding). Or a `CrossCache`.
+            0, 1, 2, ..., from the cache's length on where there is one. With a `CrossCache`, those
+            of the queries alone.
+        cache: a `KVCache`, which takes in the T new tokens, each of which sees those before it;
+            `value_mask` marks the real ones (right padding). Or a `CrossCache`, which counts the
+            queries; `query_mask` marks the real ones.
 
     Returns:
         The output `[B, T, *E]`, then the attention_scores `[B, N, T, S]` if asked for (with a
@@ -184,5 +186,5 @@ def _run(
         checks.prng_key("dropout_key", dropout_key)
     flags = Flags(*(checks.boolean(name, flag) for name, flag in flags._asdict().items()))
     if cache is not None:
-        check_cached_call(cache, arrays, restrictions, config, flags.use_causal_mask)
+        check_cached_call(cache, arrays, restrictions)
     return layer(params, arrays, restrictions, dropout_key, cache, config=config, flags=flags)

@@ -10,6 +10,7 @@ from flax_mha.attention import dot_product_attention
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.folding import Folding
+from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer.arguments import Restrictions, check_arrays, checked_restrictions
 from flax_mha.layer.call import prepare
@@ -110,5 +111,5 @@ def _scores(
         return_weights=True,
     )
     inside_R1 = ((rows >= 0) & (rows < folding.T))[:, None]
-    weights_BNRS = jnp.where(inside_R1[None, None], weights_BNRS, jnp.nan)
+    weights_BNRS += nan_where(~inside_R1[None, None], weights_BNRS.dtype)
     return weights_BNRS.reshape(*folding.batch, config.num_heads, len(rows), *folding.sources)

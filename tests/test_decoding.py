@@ -154,16 +154,34 @@ def test_one_step_is_traced_once_for_all_positions():
     assert traces == [(B, 1, D)]
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_decoder_s_own_tokens_are_in_causal_order_without_being_told(window):
+    config, params = layer_of({"position": "rotary", "sliding_window": window})
+    cache, outputs = init_cache(config, B, T), []
+    for piece in (X[:, :5], X[:, 5:6], X[:, 6:]):
+        output, cache = multi_head_attention(params, piece, piece, config=config, cache=cache)
+        outputs.append(output)
+    assert_close(jnp.concatenate(outputs, 1), one_pass(params, config), "float32")
+
+
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
-def test_without_causal_order_a_chunk_sees_itself_and_the_past(position):
+def test_where_a_cache_says_so_a_chunk_sees_itself_and_the_past(position):
     config, params = layer_of({"position": position})
-    cache = init_cache(config, B, T)
+    cache = init_cache(config, B, T, is_causal=False)
     call = dict(config=config)
     first, cache = multi_head_attention(params, X[:, :4], X[:, :4], cache=cache, **call)
     assert_close(first, multi_head_attention(params, X[:, :4], X[:, :4], **call), "float32")
     second, cache = multi_head_attention(params, X[:, 4:9], X[:, 4:9], cache=cache, **call)
     both = multi_head_attention(params, X[:, :9], X[:, :9], **call)
     assert_close(second, both[:, 4:], "float32")
+    # A prefix that sees itself, and then causal order, as a mask says it.
+    causal, _ = multi_head_attention(
+        params, X[:, 9:], X[:, 9:], cache=cache, use_causal_mask=True, **call
+    )
+    mask = np.tril(np.ones((T, T), bool))
+    mask[:9, :9] = True
+    expected = multi_head_attention(params, X, X, attention_mask=mask, **call)
+    assert_close(causal, expected[:, 9:], "float32")
 
 
 def test_scores_over_the_cache_s_slots():
@@ -220,6 +238,107 @@ def test_the_linen_module_decodes():
     assert_close(jnp.concatenate(outputs, 1), one_pass(params, config), "float32")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"position": "rotary"},
+        {"position": "alibi", "use_sinks": True},
+        {"position": RelativeBias(8, 16)},
+        {"sliding_window": 3},
+        {"sliding_window": 4, "position": "rotary", "num_kv_heads": 2},
+    ],
+    ids=["none", "rotary", "alibi", "t5", "window", "window-rotary"],
+)
+@pytest.mark.parametrize("use_causal_mask", [False, True])
+def test_queries_beside_an_encoder_stand_where_the_cache_counts(fields, use_causal_mask):
+    """In one pass, step by step, and in ragged chunks under jit: S is smaller than T."""
+    config = MultiHeadAttentionConfig(num_heads=4, key_dim=H, value_dim=V, **fields)
+    encoded = normal(2, B, 7, 19)
+    params = random_params(param_shapes(config, X.shape, encoded.shape))
+    call = dict(config=config, use_causal_mask=use_causal_mask)
+    expected = multi_head_attention(params, X, encoded, **call)
+    fresh = init_cross_cache(params, encoded, config=config, max_queries=T)
+
+    @jax.jit
+    def read(x, cache, real=None):
+        return multi_head_attention(params, x, None, cache=cache, query_mask=real, **call)
+
+    assert_close(read(X, fresh)[0], expected, "float32", "one pass")
+    cache, outputs = fresh, []
+    for t in range(T):
+        output, cache = read(X[:, t : t + 1], cache)
+        outputs.append(output)
+    assert_close(jnp.concatenate(outputs, 1), expected, "float32", "steps")
+    np.testing.assert_array_equal(cache.length, [T] * B)
+
+    taken, cache = np.zeros(B, int), fresh
+    for counts in ((5, 1, 3), (3, 0, 2), (5, 4, 4)):
+        x = np.full((B, max(counts), D), np.nan, "float32")
+        for b, count in enumerate(counts):
+            x[b, :count] = X[b, taken[b] : taken[b] + count]
+        real = jnp.asarray(np.arange(max(counts)) < np.array(counts)[:, None])
+        output, cache = read(jnp.asarray(x), cache, real)
+        for b, count in enumerate(counts):
+            rows = np.asarray(expected)[b, taken[b] : taken[b] + count]
+            assert_close(output[b, :count], rows, "float32", f"example {b}")
+        taken += counts
+        np.testing.assert_array_equal(cache.length, taken)
+
+
+def test_padding_in_front_of_a_query_counts_as_it_does_in_one_pass():
+    config = MultiHeadAttentionConfig(num_heads=4, key_dim=H, position="rotary")
+    params = random_params(param_shapes(config, X.shape))
+    real = np.arange(T) >= np.array([0, 3, 2])[:, None]
+    expected = multi_head_attention(params, X, X, config=config, query_mask=real)
+    cache, outputs = init_cross_cache(params, X, config=config), []
+    for piece in (slice(0, 5), slice(5, 6), slice(6, T)):
+        output, cache = multi_head_attention(
+            params, X[:, piece], None, config=config, query_mask=real[:, piece], cache=cache
+        )
+        outputs.append(output)
+    assert_close(jnp.concatenate(outputs, 1), expected, "float32")
+
+
+def test_positions_that_are_told_go_before_those_that_are_counted():
+    config = MultiHeadAttentionConfig(num_heads=4, key_dim=H, position="rotary")
+    params = random_params(param_shapes(config, X.shape))
+    expected = multi_head_attention(params, X, X, config=config)
+    cache = init_cross_cache(params, X, config=config)
+    call = dict(config=config, cache=cache)
+    told = jnp.full((B, 1), 5)
+    output, after = multi_head_attention(params, X[:, 5:6], None, positions=told, **call)
+    assert_close(output, expected[:, 5:6], "float32")
+    assert after.length.tolist() == [1] * B
+    with pytest.raises(ValueError, match=r"those of the queries alone, \[B, T\].*tuple"):
+        multi_head_attention(params, X[:, 5:6], None, positions=(told, told), **call)
+    ids = (told, jnp.zeros((B, T), int))
+    with pytest.raises(ValueError, match="not anew in each segment"):
+        multi_head_attention(params, X[:, 5:6], None, segment_ids=ids, **call)
+
+
+def test_beams_over_an_encoder_scan_and_vmap():
+    """Every example becomes two beams; a scan carries the cache of each sequence under vmap."""
+    config = MultiHeadAttentionConfig(num_heads=4, key_dim=H, position="rotary")
+    encoded = normal(2, B, 7, D)
+    params = random_params(param_shapes(config, X.shape))
+    real = np.arange(7) < np.array([7, 2, 5])[:, None]
+    cache = init_cross_cache(params, encoded, config=config, value_mask=real)
+    rows = jnp.repeat(jnp.arange(B), 2)
+
+    def decode(x, cache):
+        def step(cache, token):
+            call = dict(config=config, cache=cache)
+            output, cache = multi_head_attention(params, token[None], None, **call)
+            return cache, output[0]
+
+        return jax.lax.scan(step, cache, x)[1]
+
+    output = jax.jit(jax.vmap(decode))(X[rows], cache.reorder(rows))
+    expected = multi_head_attention(params, X, encoded, config=config, value_mask=real)
+    assert_close(output, expected[rows], "float32")
+
+
 @pytest.mark.parametrize("position", [None, "rotary", RelativeBias(8, 16)])
 def test_an_encoder_is_projected_once(position):
     config = MultiHeadAttentionConfig(
@@ -228,12 +347,13 @@ def test_an_encoder_is_projected_once(position):
     encoded, keys = normal(2, B, 7, 19), normal(3, B, 7, 11)
     params = random_params(param_shapes(config, X.shape, encoded.shape, keys.shape))
     real = np.arange(7) < np.array([7, 2, 5])[:, None]
-    cache = init_cross_cache(params, encoded, keys, config=config, value_mask=real)
+    call = dict(config=config, value_mask=real, max_queries=T)
+    cache = init_cross_cache(params, encoded, keys, **call)
     assert isinstance(cache, CrossCache)
-    output, same = multi_head_attention(params, X, None, config=config, cache=cache)
+    output, read = multi_head_attention(params, X, None, config=config, cache=cache)
     expected = multi_head_attention(params, X, encoded, keys, config=config, value_mask=real)
     assert_close(output, expected, "float32")
-    assert same.key is not None
+    assert read.length.tolist() == [T] * B
     module = MultiHeadAttention.from_config(config)
     output, _ = module.apply({"params": params}, X, None, cache=cache)
     assert_close(output, expected, "float32")

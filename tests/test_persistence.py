@@ -1,12 +1,23 @@
-"""Parameters leave and come back bit for bit: orbax, flax.serialization, safetensors."""
+"""Parameters and caches leave and come back bit for bit: orbax, flax.serialization and others."""
+
+import copy
+import pickle
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx, serialization, traverse_util
 from helpers import B, C, D, E, H, M, N, S, T, V, normal, random_params
+from jax import export
 
-from flax_mha import MultiHeadAttention, MultiHeadAttentionConfig, param_shapes
+from flax_mha import (
+    MultiHeadAttention,
+    MultiHeadAttentionConfig,
+    init_cache,
+    init_cross_cache,
+    multi_head_attention,
+    param_shapes,
+)
 from flax_mha import nnx as mha_nnx
 
 CONFIG = MultiHeadAttentionConfig(N, H, V, use_gate=True, output_shape=(E, 2))
@@ -98,3 +109,76 @@ def test_an_nnx_layer_with_its_dropout_stream(tmp_path):
     second = layer(x, x, training=True)
     np.testing.assert_array_equal(restored(x, x, training=True), second)
     assert np.abs(second - first).max() > 0.1
+
+
+# --- caches -------------------------------------------------------------------------------------
+
+CACHED = CONFIG.replace(
+    key_dim=6, num_kv_heads=1, output_shape=None, position="rotary", sliding_window=4
+)
+CACHE_INPUT = normal(3, B, T, D)
+CACHE_PARAMS = random_params(param_shapes(CACHED, CACHE_INPUT.shape))
+
+
+def fresh_caches():
+    """A ring, a line and an encoder's; the second is not causal, the third has no mask."""
+    line = CACHED.replace(sliding_window=None)
+    return {
+        "ring": init_cache(CACHED, B, 11, slack=1),
+        "line": init_cache(line, B, 11, "bfloat16", is_causal=False),
+        "cross": init_cross_cache(CACHE_PARAMS, CACHE_INPUT, config=CACHED, max_queries=50),
+    }
+
+
+def read_all(caches):
+    """Each cache after one more call, and what came out."""
+    outputs = {}
+    for name, cache in caches.items():
+        value = None if name == "cross" else CACHE_INPUT
+        config = CACHED.replace(dtype=cache.key.dtype, sliding_window=None if name == "line" else 4)
+        outputs[name] = multi_head_attention(
+            CACHE_PARAMS, CACHE_INPUT, value, config=config, cache=cache
+        )
+    return {name: output[1] for name, output in outputs.items()}, outputs
+
+
+@pytest.mark.parametrize("saved", [orbax, msgpack, "pickle", "copy"])
+def test_caches_come_back_and_go_on(saved, tmp_path):
+    """Inside a tree, as among the variables of a module, into a target of shapes alone."""
+    if saved == "pickle":
+        saved = lambda tree, like, path: pickle.loads(pickle.dumps(tree))
+    elif saved == "copy":
+        saved = lambda tree, like, path: copy.deepcopy(tree)
+    caches, _ = read_all(fresh_caches())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), caches)
+    restored = saved({"cache": caches}, {"cache": like}, tmp_path)["cache"]
+    assert_same_bits(restored, caches)
+    for ours, theirs in zip(
+        jax.tree.leaves(read_all(restored)), jax.tree.leaves(read_all(caches)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_state_that_is_another_cache_s():
+    caches, state = fresh_caches(), serialization.to_state_dict(fresh_caches())
+    assert sorted(state["ring"]) == ["key", "length", "start", "value"]
+    assert state["cross"]["mask"] is None
+    with pytest.raises(ValueError, match=r"`key` must have the shape.*4, 6\).*11, 6\)"):
+        serialization.from_state_dict(init_cache(CACHED, B, 11), state["line"])
+    with pytest.raises(ValueError, match=r"KVCache has the entries.*'start'.*'mask'"):
+        serialization.from_state_dict(caches["line"], state["cross"])
+
+
+@pytest.mark.parametrize("name", ["ring", "line", "cross"])
+def test_a_decoding_step_is_exported(name):
+    """`jax.export` writes the kinds of the caches down, with what is static about them."""
+    pytest.importorskip("flatbuffers", reason="flatbuffers is absent: jax.export needs it")
+    cache = {name: fresh_caches()[name]}
+    exported = export.export(jax.jit(read_all))(cache)
+    loaded = export.deserialize(bytearray(exported.serialize()))
+    assert loaded.in_tree == exported.in_tree
+    assert loaded.out_tree == exported.out_tree
+    for ours, theirs in zip(jax.tree.leaves(loaded.call(cache)), jax.tree.leaves(read_all(cache))):
+        np.testing.assert_allclose(
+            np.asarray(ours, "float32"), np.asarray(theirs, "float32"), rtol=1e-5, atol=1e-5
+        )

@@ -1,45 +1,44 @@
 """Keys and values kept between calls: a cache that grows, and one of an encoder's output.
 
-A `KVCache` takes in new tokens and shows a `View`: all keys that the new queries may see. Where the
-layer has a sliding window, the cache is a ring of that size: position p stands in slot p % window.
+An example's length says all about it: how many tokens it holds, or how many queries have read it.
+Below 0 it is spoiled: what a trace could not refuse has happened to it, and its outputs are NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import export
 
-from flax_mha.attention import DistanceBias
-from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
-from flax_mha.core.folding import Folding
-from flax_mha.core.typing import Array, DType
-from flax_mha.masks import Mask
+from flax_mha.core.typing import Array
+from flax_mha.layer.rows import counts, rows_taken, taken
 
-
-class View(NamedTuple):
-    """What attention reads: keys and values, who may attend to whom, the biases."""
-
-    key_BSKH: Array
-    value_BSKV: Array
-    mask: Mask
-    bias_bnts: Array | None
-    distance_bias: DistanceBias | None
+SPOILED = -1  # a length that no call leaves: it stays, and nothing is counted on from it
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
-    """Past keys and values of one layer; a pytree, made by `init_cache`.
+    """Past keys and values of one layer, a decoder's own; a pytree, made by `init_cache`.
+
+    A token sees itself and those before it, with `use_causal_mask=True` or without. Each call
+    returns the cache for the next one; outside `jax.jit` it reads the lengths back from the device,
+    to refuse what does not fit: jit the step, and look at `overflowed` and `spoiled` at its end.
 
     Attributes:
-        key: `[*batch, K, S, H]`; S slots: the capacity, or the window of a ring.
+        key: `[*batch, K, S, H]`; S slots: the capacity, or those of a ring.
         value: `[*batch, K, S, V]`.
         length: int32 `[*batch]`, the tokens taken in so far by each example.
-        is_ring: whether the oldest token makes room for the newest; static.
+        start: int32 `[*batch]`, the first of them that is still held; 0 except in a ring.
+        window: the sliding window that a ring serves, position p in slot p % S; None = no ring.
+        is_causal: False = the tokens of a call without `use_causal_mask` see each other; static.
 
     Memory: 2 K S H numbers an example: S the sliding window if there is one, K the key/value heads.
 
@@ -47,21 +46,30 @@ class KVCache:
         >>> import jax.numpy as jnp, flax_mha
         >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16, num_kv_heads=2)
         >>> cache = flax_mha.init_cache(config, batch_shape=3, capacity=100)
-        >>> cache.key.shape, cache.capacity, cache.overflowed.tolist()
-        ((3, 2, 100, 16), 100, [False, False, False])
+        >>> cache.key.shape, cache.capacity, cache.is_ring, cache.overflowed.tolist()
+        ((3, 2, 100, 16), 100, False, [False, False, False])
         >>> cache.reorder(jnp.array([0, 0, 2])).length.tolist()
         [0, 0, 0]
+        >>> cache.rewind(0).spoiled.tolist()
+        [False, False, False]
     """
 
     key: Array
     value: Array
     length: Array
-    is_ring: bool = dataclasses.field(default=False, metadata={"static": True})
+    start: Array
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    is_causal: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         """S, the number of slots."""
         return self.key.shape[-2]
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the oldest token makes room for the newest."""
+        return self.window is not None
 
     @property
     def overflowed(self) -> Array:
@@ -72,14 +80,49 @@ class KVCache:
         full = self.length > self.capacity
         return jnp.zeros_like(full) if self.is_ring else full
 
+    @property
+    def spoiled(self) -> Array:
+        """Booleans `[*batch]`: examples all of whose outputs are NaN from now on.
+
+        Under `jax.jit` this follows from new tokens that are not padded on the right, from a row of
+        `reorder` that does not exist, and from a `rewind` to what is no longer held; `rewind(0)`
+        begins such an example anew.
+        """
+        return jnp.asarray(is_spoiled(self.length, self.start, self.window))
+
     def reorder(self, rows: Array) -> KVCache:
         """The cache whose example i continues the old example `rows[i]`: for beam search.
 
         Args:
-            rows: integers `[B]`, each in [0, B).
+            rows: integers, each in [0, B), for the first batch axis; as many as the new cache has
+                examples. What under `jax.jit` turns out to be outside is `spoiled`.
+
+        Raises:
+            ValueError: a row outside [0, B), or a cache without batch axes.
+            TypeError: rows that are no integer array.
         """
-        take = lambda x: jnp.take(x, rows, axis=0)  # noqa: E731
-        return KVCache(take(self.key), take(self.value), take(self.length), self.is_ring)
+        return _reordered(self, rows)
+
+    def rewind(self, length: Any) -> KVCache:
+        """The cache as it was when each example had `length` tokens: drops drafts.
+
+        A line holds all tokens: any length up to its own will do. A ring of S slots for a window W
+        has lost those before `start`, S tokens ago, and the next token needs the W - 1 before it:
+        when it has gone round, it goes back by S - W + 1 tokens at most, by one where S = W. Make
+        room by `init_cache(..., slack=)`, or keep the cache from before the drafts. What is dropped
+        stays in its slot, unseen, until it is written over; only NaN there would still be felt.
+
+        Args:
+            length: an int, or integers `[*batch]`. What under `jax.jit` turns out to be no longer
+                held, or not yet, is `spoiled`.
+
+        Raises:
+            ValueError: a length that cannot be gone back to.
+            TypeError: lengths that are no integers.
+        """
+        length = _rewound(self, length, self.start, self.window)
+        start = jnp.minimum(self.start, length.clip(0))
+        return dataclasses.replace(self, length=length, start=start)
 
 
 @jax.tree_util.register_dataclass
@@ -87,10 +130,18 @@ class KVCache:
 class CrossCache:
     """An encoder's keys and values, projected once; a pytree, made by `init_cross_cache`.
 
+    The queries of a call stand at positions length, length + 1, ... among the keys 0 to S - 1, for
+    rotary embedding, biases of distance, windows and causal order. Each call returns the cache with
+    its queries counted: pass that one to the next call, as with a `KVCache`. Where the decoder's
+    tokens are padded on the right, mark the real ones by `query_mask=`: the padding behind the last
+    of them is not counted.
+
     Attributes:
         key: `[*batch, K, S, H]`.
         value: `[*batch, K, S, V]`.
+        length: int32 `[*batch]`, the queries read so far by each example.
         mask: booleans `[*batch, S]`, True = a real key; None = all are.
+        max_queries: the most queries that an example may have; static, None = no limit.
 
     Memory: (H + V) K S numbers an example.
 
@@ -99,176 +150,124 @@ class CrossCache:
         >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=4, key_dim=16)
         >>> encoded = jax.numpy.ones((3, 7, 64))
         >>> params = flax_mha.init_params(jax.random.key(0), config, encoded.shape)
-        >>> flax_mha.init_cross_cache(params, encoded, config=config).key.shape
-        (3, 4, 7, 16)
+        >>> cache = flax_mha.init_cross_cache(params, encoded, config=config)
+        >>> cache.key.shape, cache.overflowed.tolist(), cache.spoiled.tolist()
+        ((3, 4, 7, 16), [False, False, False], [False, False, False])
+        >>> query = jax.numpy.ones((3, 2, 64))
+        >>> call = dict(config=config, cache=cache)
+        >>> _, cache = flax_mha.multi_head_attention(params, query, None, **call)
+        >>> cache.length.tolist(), cache.rewind(1).length.tolist()
+        ([2, 2, 2], [1, 1, 1])
+        >>> cache.reorder(jax.numpy.array([0, 0, 0, 2])).length.tolist()
+        [2, 2, 2, 2]
     """
 
     key: Array
     value: Array
+    length: Array
     mask: Array | None = None
+    max_queries: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def overflowed(self) -> Array:
+        """Booleans `[*batch]`: examples with more than `max_queries` queries, whose rest is NaN."""
+        if self.max_queries is None:
+            return jnp.zeros_like(self.length, bool)
+        return self.length > self.max_queries
+
+    @property
+    def spoiled(self) -> Array:
+        """Booleans `[*batch]`: as `KVCache.spoiled`."""
+        return self.length < 0
+
+    def reorder(self, rows: Array) -> CrossCache:
+        """As `KVCache.reorder`, by `rows`; an example may become several beams."""
+        return _reordered(self, rows)
+
+    def rewind(self, length: Any) -> CrossCache:
+        """The cache as it was when each example had read `length` queries, an int or `[*batch]`."""
+        return dataclasses.replace(self, length=_rewound(self, length, 0, None))
 
 
-class News(NamedTuple):
-    """The new tokens of one call: heads, how many of each example are real, the causal flag."""
-
-    key_BTKH: Array
-    value_BTKV: Array
-    count_B: Array
-    is_causal: bool
-    window: int | None
+def is_spoiled(length: Any, start: Any, window: int | None) -> Any:
+    """Whether an example of this length lacks what its next token needs; of arrays of any kind."""
+    if window is None:
+        return length < 0
+    first = (length - window + 1).clip(0)
+    return (length < 0) | ((first < start) & (first < length))
 
 
-def extend(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
-    """The cache with the new tokens, and what their queries may see."""
-    if not cache.is_ring:
-        return _extend_line(cache, news, bias)
-    one_token = news.key_BTKH.shape[1] == 1
-    return (_step_ring if one_token else _extend_ring)(cache, news, bias)
+def _is_held(wanted: Any, length: Any, start: Any, window: int | None) -> Any:
+    """Whether an example can go back to a length; to 0 always, for that needs nothing."""
+    return (wanted <= length.clip(0)) & ~is_spoiled(wanted, start, window)
 
 
-def _extend_line(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
-    """Slot p holds position p: the band says it all, in every block and with every length."""
-    length_B, S = cache.length.reshape(-1), cache.capacity
-    cache = _written(cache, news, first=0)
-    mask = Mask.causal(length_B)
-    if not news.is_causal:
-        slot_1S = jnp.arange(S, dtype="int32")[None]
-        mask = Mask.padding(key=slot_1S < (length_B + news.count_B)[:, None])
-    if bias is not None:
-        bias = dataclasses.replace(bias, query_offset=length_B)
-    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, None, bias)
+def _rewound(cache: Any, length: Any, start: Any, window: int | None) -> Array:
+    """The lengths that are gone back to, SPOILED where that cannot be; refused where it is seen."""
+    wanted = counts("length", length, cache.length.shape)
+    arrays = (wanted, cache.length, start)
+    if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+        known = [np.asarray(array) for array in arrays]
+        held = _is_held(known[0], known[1], known[2], window)
+        if not held.all():
+            _refuse_rewind(cache, known[0][~held], known[1][~held])
+    return jnp.where(_is_held(wanted, cache.length, start, window), wanted, SPOILED)
 
 
-def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
-    """One token: written first, it takes the slot of the token that has just left the window.
-
-    So all slots in use may be seen, in any order; a bias needs the position that each one holds.
-    """
-    length_B, S = cache.length.reshape(-1), cache.capacity
-    slot_1S = jnp.arange(S, dtype="int32")[None]
-    cache = _written(cache, news, first=0)
-    mask = Mask.padding(key=slot_1S < (length_B + news.count_B)[:, None])
-    dense = None
-    if bias is not None:
-        distance_BS = -((length_B[:, None] - slot_1S) % S)
-        dense = bias.at(distance_BS[:, None])
-    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, dense, None)
+def _refuse_rewind(cache: Any, wanted: np.ndarray, now: np.ndarray) -> None:
+    rule = "`rewind` goes back to a length in [0, length] whose tokens are still held."
+    evidence = f"{wanted[:5].tolist()} of examples of length {now[:5].tolist()}"
+    if getattr(cache, "window", None) is None:
+        checks.fail(ValueError, rule, evidence)
+    evidence += f", in a ring of {cache.capacity} slots for a window of {cache.window}"
+    remedy = "Keep the cache from before the drafts, or make room by `init_cache(..., slack=)`."
+    checks.fail(ValueError, rule, evidence, remedy)
 
 
-def _extend_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
-    """Many tokens: they see the ring in the order of its positions, and then each other."""
-    length_B, S = cache.length.reshape(-1), cache.capacity
-    order_BS = (length_B[:, None] + jnp.arange(S, dtype="int32")[None]) % S
-    unrolled = lambda x: jnp.take_along_axis(  # noqa: E731
-        _heads_last(x), order_BS[:, :, None, None], axis=1
+def _reordered(cache: Any, rows: Any) -> Any:
+    index, inside = rows_taken(rows, cache.length.shape)
+    moved = jax.tree.map(lambda x: taken(x, index), cache)
+    inside = inside.reshape(-1, *(1,) * (cache.length.ndim - 1))
+    return dataclasses.replace(moved, length=jnp.where(inside, moved.length, SPOILED))
+
+
+# --- leaving the process ------------------------------------------------------------------------
+
+
+def register_state(register: Callable[..., Any]) -> None:
+    """Tells flax's `register_serialization_state` how the arrays of both caches go out and in."""
+    for kind in (KVCache, CrossCache):
+        register(kind, _state_of, _with_state)
+
+
+def _state_of(cache: Any) -> dict[str, Any]:
+    """The arrays by their names; what is static comes from the cache that is restored into."""
+    return {name: getattr(cache, name) for name in _arrays_of(type(cache))}
+
+
+def _with_state(cache: Any, state: dict[str, Any]) -> Any:
+    names = _arrays_of(type(cache))
+    if sorted(state) != sorted(names):
+        rule = f"The state of a {type(cache).__name__} has the entries {names}."
+        checks.fail(ValueError, rule, f"{sorted(state)}")
+    for name in names:
+        shapes = [None if x is None else np.shape(x) for x in (getattr(cache, name), state[name])]
+        if shapes[0] != shapes[1]:
+            rule = (
+                f"`{name}` must have the shape of the cache that it is restored into, {shapes[0]}."
+            )
+            checks.fail(ValueError, rule, f"shape {shapes[1]}")
+    return dataclasses.replace(cache, **state)
+
+
+def _arrays_of(kind: Any) -> list[str]:
+    return [x.name for x in dataclasses.fields(kind) if not x.metadata.get("static")]
+
+
+for _kind in (KVCache, CrossCache):
+    export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"flax_mha.{_kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
     )
-    T = news.key_BTKH.shape[1]
-    held_BS = jnp.arange(S, dtype="int32")[None] >= S - length_B[:, None]
-    real_BT = jnp.arange(T, dtype="int32")[None] < news.count_B[:, None]
-    offset_1 = jnp.full((1,), S, "int32")
-    assert news.window is not None
-    mask = Mask.causal(offset_1) & Mask.padding(key=jnp.concatenate([held_BS, real_BT], 1))
-    mask &= dataclasses.replace(Mask.window(news.window - 1, 0), query_offset=offset_1)
-    if bias is not None:
-        bias = dataclasses.replace(bias, query_offset=offset_1)
-    key_BSKH = jnp.concatenate([unrolled(cache.key), news.key_BTKH], 1)
-    value_BSKV = jnp.concatenate([unrolled(cache.value), news.value_BTKV], 1)
-    # Of many tokens only the last S stay: none is written that a later one would replace.
-    cache = _written(cache, news, first=news.count_B - S)
-    return cache, View(key_BSKH, value_BSKV, mask, None, bias)
-
-
-def _written(cache: KVCache, news: News, first: Any) -> KVCache:
-    """The real new tokens from `first` on in their slots; what does not fit is dropped."""
-    T, S = news.key_BTKH.shape[1], cache.capacity
-    length_B = cache.length.reshape(-1)
-    index_1T = jnp.arange(T, dtype="int32")[None]
-    slot_BT = length_B[:, None] + index_1T
-    slot_BT = slot_BT % S if cache.is_ring else slot_BT
-    first_B1 = jnp.reshape(first, (-1, 1))
-    stays_BT = (index_1T >= first_B1) & (index_1T < news.count_B[:, None])
-    slot_BT = _two_at_least(jnp.where(stays_BT, slot_BT, S), S)
-    example_B1 = jnp.arange(len(length_B), dtype="int32")[:, None]
-
-    def write(held: Array, new_BTKF: Array) -> Array:
-        held_BKSF = held.reshape(-1, *held.shape[-3:])
-        new_BTKF = _two_at_least(new_BTKF, 0)
-        held_BKSF = held_BKSF.at[example_B1, :, slot_BT].set(new_BTKF, mode="drop")
-        return held_BKSF.reshape(held.shape)
-
-    length = cache.length + news.count_B.reshape(cache.length.shape)
-    key, value = write(cache.key, news.key_BTKH), write(cache.value, news.value_BTKV)
-    return KVCache(key, value, length, cache.is_ring)
-
-
-def _two_at_least(x_BT: Array, filler: int) -> Array:
-    """A second token, whose slot does not exist, beside the only one.
-
-    XLA makes of a scatter of one row an update in place, and then copies the whole cache four times
-    to read it again: a step of one example took 0.5 to 1.4 ms, and takes 0.2.
-    """
-    if x_BT.shape[0] * x_BT.shape[1] > 1:
-        return x_BT
-    widths = [(0, 0), (0, 1)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, widths, constant_values=filler)
-
-
-def _heads_last(x: Array) -> Array:
-    """`[*batch, K, S, F]` to `[B, S, K, F]`."""
-    return x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
-
-
-def view_of_source(cache: CrossCache, mask: Mask, bias_bnts: Array | None) -> View:
-    """An encoder's keys and values, with the call's own mask."""
-    if cache.mask is not None:
-        mask &= Mask.padding(key=cache.mask.reshape(-1, cache.mask.shape[-1]))
-    return View(_heads_last(cache.key), _heads_last(cache.value), mask, bias_bnts, None)
-
-
-def misplaced(news_mask_BT: Array | None, cache: KVCache, T: int) -> Array:
-    """Booleans `[B, T]` of outputs that cannot be right: beyond the capacity, or behind a hole."""
-    length_B = cache.length.reshape(-1)
-    position_BT = length_B[:, None] + jnp.arange(T, dtype="int32")[None]
-    wrong_BT = jnp.zeros_like(position_BT, bool) if cache.is_ring else position_BT >= cache.capacity
-    if news_mask_BT is not None:
-        holes_B1 = (news_mask_BT[:, 1:] & ~news_mask_BT[:, :-1]).any(1, keepdims=True)
-        wrong_BT = (wrong_BT & news_mask_BT) | holes_B1
-    return wrong_BT
-
-
-def check_cache(
-    cache: KVCache | CrossCache, folding: Folding, config: MultiHeadAttentionConfig, dtype: DType
-) -> None:
-    """Refuses a cache that was made for other inputs, another config or another dtype."""
-    if folding.attended != (len(folding.batch),):
-        rule = "A cache needs inputs [*batch, T, D] of which T alone is attended."
-        evidence = f"attended axes {folding.attended}, batch axes {folding.batch}"
-        checks.fail(ValueError, rule, evidence, "Set `attention_axes=-2`.")
-    _, K, H, V = config.dims
-    remedy = "Make it by `init_cache(config, batch_shape, capacity, dtype)` of this config."
-    for name, array, features in (("key", cache.key, H), ("value", cache.value, V)):
-        expected = (*folding.batch, K, cache.key.shape[-2], features)
-        if array.shape != expected:
-            rule = f"`cache.{name}` must be [*batch, K, S, {'HV'[name == 'value']}] = {expected}."
-            checks.fail(ValueError, rule, f"shape {array.shape}", remedy)
-        if array.dtype != dtype:
-            rule = f"`cache.{name}` must have the compute dtype {jnp.dtype(dtype).name}."
-            checks.fail(TypeError, rule, f"dtype {array.dtype}", remedy)
-    if isinstance(cache, KVCache):
-        _check_growing(cache, folding, config)
-
-
-def _check_growing(cache: KVCache, folding: Folding, config: MultiHeadAttentionConfig) -> None:
-    if folding.targets != folding.sources:
-        rule = "With a KVCache, query and value hold the same new tokens: T == S."
-        remedy = "For an encoder's output, use `init_cross_cache`."
-        checks.fail(ValueError, rule, f"T={folding.targets}, S={folding.sources}", remedy)
-    if cache.is_ring and cache.capacity != config.sliding_window:
-        rule = "A ring must have as many slots as the config's sliding_window."
-        evidence = f"{cache.capacity} slots, sliding_window={config.sliding_window}"
-        checks.fail(ValueError, rule, evidence, "Make it by `init_cache` of this config.")
-    window = config.sliding_window
-    if not cache.is_ring and window is not None and cache.capacity > window:
-        rule = "A layer with a sliding window needs a ring of that size."
-        evidence = f"capacity {cache.capacity}, sliding_window={window}"
-        checks.fail(ValueError, rule, evidence, "Make it by `init_cache` of this config.")

@@ -1,5 +1,6 @@
 """One call of the layer, checked and folded to canonical rank: what stands before the equation."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, DType, ParamsLike, Shape
 from flax_mha.layer import projection
 from flax_mha.layer.arguments import Arrays, Restrictions
-from flax_mha.layer.caches import CrossCache, KVCache, check_cache
+from flax_mha.layer.cached_call import check_cache
+from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.placement import folded_pair, positions_of
 from flax_mha.masks import Mask
 from flax_mha.params import check_params
@@ -43,20 +45,21 @@ def prepare(
 ) -> Call:
     """Checks shapes and parameters, folds everything, joins the masks.
 
-    Positions count on from the length of a `KVCache`; a `CrossCache` stands in for value and key.
+    Positions count on from the length of a cache; a `CrossCache` stands in for value and key.
     """
     query, value, key = arrays
     value_shape, key_shape = _source_shapes(params, arrays, cache)
     checks.layer_inputs(query.shape, value_shape, key_shape)
     check_params(params, config, query.shape, value_shape, key_shape)
     folding = Folding.of(query.shape, value_shape, config.attention_axes)
-    mask = _mask(restrictions, folding, config, use_causal_mask)
-    length_B = cache.length.reshape(-1) if isinstance(cache, KVCache) else None
-    given = restrictions.positions, restrictions.segment_ids
-    positions = positions_of(*given, folding, config, length_B)
     dtype = _compute_dtype(params, arrays, config)
     if cache is not None:
         check_cache(cache, folding, config, dtype)
+    # Of a KVCache, `extend` makes the band, which counts from its slots.
+    first_B = cache.length.reshape(-1) if isinstance(cache, CrossCache) else None
+    mask = _mask(restrictions, folding, config, use_causal_mask, first_B)
+    given = restrictions.positions, restrictions.segment_ids
+    positions = positions_of(*given, folding, config, cache)
     project = functools.partial(
         projection.project, dtype=dtype, precision=config.precision, isolate=mask.removes_positions
     )
@@ -77,9 +80,13 @@ def _source_shapes(params: ParamsLike, arrays: Arrays, cache: Any) -> tuple[Shap
 
 
 def _mask(
-    restrictions: Restrictions, folding: Folding, config: MultiHeadAttentionConfig, causal: bool
+    restrictions: Restrictions,
+    folding: Folding,
+    config: MultiHeadAttentionConfig,
+    causal: bool,
+    first_B: Array | None,
 ) -> Mask:
-    """Every restriction at full rank, as one structured mask."""
+    """Every restriction at full rank, as one structured mask; `first_B` is where query 0 stands."""
     mask = Mask()
     for name, lengths, letter, side in (
         ("query_mask", folding.targets, "T", "query"),
@@ -95,9 +102,10 @@ def _mask(
     if restrictions.segment_ids is not None:
         mask &= Mask.segments(*folded_pair("segment_ids", restrictions.segment_ids, folding))
     if causal:
-        mask &= Mask.causal()
+        mask &= Mask.causal(first_B)
     if config.sliding_window is not None:
-        mask &= Mask.window(config.sliding_window - 1, config.sliding_window - 1)
+        window = Mask.window(config.sliding_window - 1, config.sliding_window - 1)
+        mask &= dataclasses.replace(window, query_offset=first_B)
     return mask
 
 

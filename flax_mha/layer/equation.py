@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax_mha.attention import dot_product_attention
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.folding import Folding
+from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey, Shape
 from flax_mha.layer.arguments import Arrays, Restrictions
-from flax_mha.layer.caches import CrossCache, KVCache, News, View, extend, misplaced, view_of_source
+from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.call import Call, prepare
+from flax_mha.layer.extend import News, View, extend, misplaced, read_source
 from flax_mha.layer.heads import key_heads, query_heads, value_heads
 from flax_mha.layer.placement import distance_bias
 from flax_mha.layer.projection import as_rank
@@ -38,7 +40,7 @@ class Activations(NamedTuple):
         gate: sigmoid(query . W_gate + b_gate) `[B, T, N, V]`; None without `use_gate`.
         output: what `multi_head_attention` returns, `[B, T, *E]`.
         attention_scores: the weights before dropout `[B, N, T, S]`; None where not asked for.
-        cache: the cache that the call was given, with its tokens taken in; None without one.
+        cache: the cache for the next call, with the tokens of this one; None without one.
 
     Example:
         >>> import jax, flax_mha
@@ -96,9 +98,11 @@ def layer(
         gate_BTNV = jax.nn.sigmoid(project("BTD,DNV->BTNV", call.query_BTD, params["gate"]))
         context_BTNV *= _of_real_queries(gate_BTNV, call.mask)
     output_BTE = project("BTNV,NVE->BTE", context_BTNV, _flat_output(params["attention_output"]))
-    if isinstance(cache, KVCache):
-        wrong_BT = misplaced(call.mask.key_padding, cache, folding.T)
-        output_BTE = jnp.where(wrong_BT[..., None], jnp.nan, output_BTE)
+    if cache is not None:
+        wrong_BT = misplaced(cache, call.mask, folding.T)
+        output_BTE = output_BTE + nan_where(wrong_BT, output_BTE.dtype)[..., None]
+        if weights_BNTS is not None:
+            weights_BNTS = weights_BNTS + nan_where(wrong_BT, weights_BNTS.dtype)[:, None, :, None]
     output_shape = params["attention_output"]["kernel"].shape[2:]
     unfold = functools.partial(_unfold, folding, flags)
     return Activations(
@@ -117,18 +121,16 @@ def _view(
 ) -> tuple[View, Any]:
     """What the queries may see: this call's keys, a cache that grows by them, or an encoder's."""
     if isinstance(cache, CrossCache):
-        view, S = view_of_source(cache, call.mask, call.bias_bnts), cache.key.shape[-2]
-        return view._replace(distance_bias=distance_bias(params, config, call.folding.T, S)), cache
+        T, S = call.folding.T, cache.key.shape[-2]
+        bias = distance_bias(params, config, T, S, reach=(cache.max_queries or T) - T)
+        cache, view = read_source(cache, T, call.mask, call.bias_bnts, bias)
+        return view, cache
     key_BSKH, value_BSKV = key_heads(params, call, config), value_heads(params, call)
     T, S = call.folding.T, call.folding.S
     if cache is None:
         bias = distance_bias(params, config, T, S)
         return View(key_BSKH, value_BSKV, call.mask, call.bias_bnts, bias), None
-    real_BT = call.mask.key_padding
-    count_B = (
-        jnp.full(call.folding.B, T, "int32") if real_BT is None else real_BT.sum(1, dtype="int32")
-    )
-    news = News(key_BSKH, value_BSKV, count_B, flags.use_causal_mask, config.sliding_window)
+    news = News(key_BSKH, value_BSKV, call.mask.key_padding, flags.use_causal_mask)
     bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
     cache, view = extend(cache, news, bias)
     return view, cache

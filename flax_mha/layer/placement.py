@@ -11,6 +11,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, ParamsLike
+from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.positions import DistanceFunction, Rotary
 
 
@@ -26,7 +27,7 @@ def positions_of(
     segment_ids: Any,
     folding: Folding,
     config: MultiHeadAttentionConfig,
-    offset_B: Array | None = None,
+    cache: KVCache | CrossCache | None = None,
 ) -> Positions:
     """The caller's; or those within each segment; or 0, 1, ... from the cache's length on."""
     if not isinstance(config.position, Rotary):
@@ -35,13 +36,32 @@ def positions_of(
             evidence = f"positions, and position={config.position} in the config"
             checks.fail(ValueError, rule, evidence, 'Set `position="rotary"`.')
         return Positions(None, None)
+    if isinstance(cache, CrossCache):
+        return Positions(_beside_source(positions, segment_ids, folding, cache), None)
     if positions is not None:
         return Positions(*folded_pair("positions", positions, folding))
     if segment_ids is not None:
         return Positions(*(restarted(x) for x in folded_pair("segment_ids", segment_ids, folding)))
     counted = (jnp.arange(size, dtype="int32")[None] for size in (folding.T, folding.S))
-    offset_B1 = 0 if offset_B is None else offset_B[:, None]
+    offset_B1 = 0 if cache is None else cache.length.reshape(-1, 1)
     return Positions(*(index_1L + offset_B1 for index_1L in counted))
+
+
+def _beside_source(positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache) -> Array:
+    """Those of the queries alone: the keys of an encoder were turned when they were projected."""
+    if positions is not None:
+        if not checks.is_array(positions):
+            rule = "With a CrossCache, `positions` are those of the queries alone, [B, T]."
+            evidence = f"positions of type {type(positions).__name__}"
+            remedy = "The keys stand at 0, 1, ...: they were turned when they were projected."
+            checks.fail(ValueError, rule, evidence, remedy)
+        query = checks.integer_ids("positions", positions)
+        return folding.fold_padding("positions", query, folding.targets, "T")
+    if segment_ids is not None:
+        rule = "A CrossCache holds keys at the positions 0, 1, ..., not anew in each segment."
+        evidence = "segment_ids, and rotary embedding without positions"
+        checks.fail(ValueError, rule, evidence, "Pass the queries' `positions=`, [B, T].")
+    return jnp.arange(folding.T, dtype="int32")[None] + cache.length.reshape(-1, 1)
 
 
 def distance_bias(

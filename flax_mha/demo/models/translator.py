@@ -71,7 +71,7 @@ class DecoderBlock(nn.Module):
             self.attention, name=name, sow_attention_scores=self.sow_attention_scores
         )
         own: Any = None if caches is None else caches.own
-        cross = None if caches is None else caches.cross
+        cross: Any = None if caches is None else caches.cross
         x_BTD = nn.LayerNorm(name="self_norm")(y_BTD)
         attended = layer("self_attention")(
             x_BTD, x_BTD, use_causal_mask=True, training=training, cache=own
@@ -82,12 +82,11 @@ class DecoderBlock(nn.Module):
         attended = layer("cross_attention")(
             x_BTD, encoded_BSD, value_mask=mask_BS, training=training, cache=cross
         )
-        # The source's cache comes back as it was.
-        attended_BTD = attended if cross is None else attended[0]
+        attended_BTD, cross = (attended, None) if cross is None else attended
         y_BTD = y_BTD + drop(attended_BTD)
         mlp = MLP(self.model.features, self.model.mlp_ratio, name="mlp")
         y_BTD = y_BTD + drop(mlp(nn.LayerNorm(name="mlp_norm")(y_BTD)))
-        return y_BTD, None if caches is None else caches._replace(own=own)
+        return y_BTD, None if caches is None else LayerCaches(own, cross)
 
 
 class Translator(nn.Module):
