@@ -10,6 +10,7 @@ from flax_mha.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
+from flax_mha.layer.arguments import Restrictions
 from flax_mha.layer.caches import CrossCache, KVCache, register_state
 from flax_mha.params import init_projection, param_shapes
 from flax_mha.training import activity_loss, regularization_loss
@@ -100,21 +101,20 @@ class MultiHeadAttention(nn.Module):
         """See `multi_head_attention`; with `training=True`, dropout acts."""
         flags = (return_attention_scores, training, use_causal_mask)
         with_scores, training, is_causal = checks.module_flags(type(self).__call__, *flags)
-        arrays: Any = (query, value, value if key is None else key)
-        params = self._params(config := self.config, *arrays)
+        params = self._params(config := self.config, query, value, value if key is None else key)
         sow_scores = self.sow_attention_scores and self.is_mutable_collection("intermediates")
-        masks: Any = dict(query_mask=query_mask, value_mask=value_mask, key_mask=key_mask)
-        others: Any = dict(bias=bias, segment_ids=segment_ids, positions=positions, cache=cache)
+        masks = (query_mask, value_mask, key_mask, attention_mask)
         activations = forward(
             params,
-            *arrays,
+            query,
+            value,
+            key,
             config=config,
             use_causal_mask=is_causal,
             return_attention_scores=with_scores or sow_scores,
             dropout_key=self._dropout_key(training),
-            attention_mask=attention_mask,
-            **masks,
-            **others,
+            cache=cache,
+            **Restrictions(*masks, bias, segment_ids, positions)._asdict(),
         )
         self._sow_losses(params, activations, config)
         if sow_scores:

@@ -100,9 +100,9 @@ def layer(
     output_BTE = project("BTNV,NVE->BTE", context_BTNV, _flat_output(params["attention_output"]))
     if cache is not None:
         wrong_BT = misplaced(cache, call.mask, folding.T)
-        output_BTE = output_BTE + nan_where(wrong_BT, output_BTE.dtype)[..., None]
+        output_BTE = _spoilt(wrong_BT[..., None], output_BTE)
         if weights_BNTS is not None:
-            weights_BNTS = weights_BNTS + nan_where(wrong_BT, weights_BNTS.dtype)[:, None, :, None]
+            weights_BNTS = _spoilt(wrong_BT[:, None, :, None], weights_BNTS)
     output_shape = params["attention_output"]["kernel"].shape[2:]
     unfold = functools.partial(_unfold, folding, flags)
     return Activations(
@@ -134,6 +134,10 @@ def _view(
     bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
     cache, view = extend(cache, news, bias)
     return view, cache
+
+
+def _spoilt(wrong: Array, x: Array) -> Array:
+    return jnp.where(wrong, nan_where(wrong, x.dtype), x)
 
 
 def _unfold_scores(folding: Folding, weights_BNTS: Array | None) -> Array | None:
