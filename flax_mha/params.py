@@ -73,6 +73,13 @@ def param_shapes(
     return cast(Params, {**projections, **_extras(config)})
 
 
+def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
+    """(name, leaf) of every array of the tree."""
+    extras = {(name, leaf) for name, leaves in _extras(config).items() for leaf in leaves}
+    kernels = {(name, "kernel") for name in config.projections}
+    return kernels | {(name, "bias") for name in config.biases} | extras
+
+
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
     """What only some layers have: norms, a table of distances, sinks."""
     N, _, H, _ = config.dims

@@ -25,7 +25,7 @@ from flax_mha.interop.keras.layer_config import is_keras_s
 from flax_mha.interop.keras.layers import GROUPS, LEAVES, attention_layer, contents
 from flax_mha.interop.keras.places import Place, placed
 from flax_mha.interop.keras.tree import BFLOAT16
-from flax_mha.params import INPUT_RANK
+from flax_mha.interop.layout import zero_bias
 
 Arrays = Mapping[tuple[str, str], np.ndarray]
 Path = pathlib.Path
@@ -122,12 +122,7 @@ def _biases(projections: Iterable[str]) -> list[tuple[str, str]]:
 def _with_all_biases(arrays: Arrays, config: MultiHeadAttentionConfig) -> Arrays:
     """Zeros where a layer with some biases has none: Keras's own has all of them or none."""
     absent = _biases(set(config.projections) - set(config.biases)) if config.biases else []
-    return {**arrays, **{place: _zero_bias(arrays, place[0]) for place in absent}}
-
-
-def _zero_bias(arrays: Arrays, projection: str) -> np.ndarray:
-    kernel = arrays[projection, "kernel"]
-    return np.zeros(kernel.shape[INPUT_RANK[projection] :], kernel.dtype)
+    return {**arrays, **{p: zero_bias(p[0], arrays[p[0], "kernel"]) for p in absent}}
 
 
 def _spelled(arrays: Mapping[tuple[str, str], tuple[Any, Any]]) -> str:
