@@ -7,7 +7,6 @@ import inspect
 from typing import Any
 
 import jax
-from flax import nnx
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
@@ -174,6 +173,8 @@ def _query_kernel(arrays: dict[str, Any]) -> Array:
 
 def _no_others(module: Any, params: Any) -> None:
     """A derived class may hold a norm or a table of its own, and use it."""
+    from flax import nnx  # here: who has such a module has imported it
+
     ours, all_params = (
         {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
