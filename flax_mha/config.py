@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_mha.attention import IMPLEMENTATIONS
 from flax_mha.core import checks
 from flax_mha.core.typing import HeadDims
 from flax_mha.keras.identifiers import Kind, resolve, serialize
+from flax_mha.keras.policies import policy_dtypes
 from flax_mha.positions.identifiers import resolve_position, serialize_position
 
 # Entries of Keras's get_config() that describe the Keras object, not the attention.
@@ -29,7 +31,8 @@ class MultiHeadAttentionConfig:
         key_dim: H, the size of one head of query and key, not of all heads together.
         value_dim: V, the size of one head of value; None = key_dim.
         dropout: probability in [0, 1] of dropping an attention weight in training.
-        use_bias: whether the projections have biases.
+        use_bias: whether the projections have biases; or the names of those that have: "query",
+            "key", "value", "gate", "attention_output". The others then have no such entry.
         output_shape: the output's feature shape E, an int or a tuple; None = the query's D.
         attention_axes: the axes that attend, an int or a tuple; None = all but the first and the
             features. Negative ones count from the features' end: -2 is the last before them.
@@ -65,7 +68,8 @@ class MultiHeadAttentionConfig:
         TypeError: a value of the wrong type.
 
     Differs from Keras: (1) rates and axes are checked here, not at build; (2) `flash_attention` is
-    spelled `implementation`; (3) NumPy integers pass, booleans as sizes do not.
+    spelled `implementation`; (3) NumPy integers pass, booleans as sizes do not; (4) `use_bias`
+    takes names.
 
     Example:
         >>> from flax_mha import MultiHeadAttentionConfig
@@ -74,6 +78,8 @@ class MultiHeadAttentionConfig:
         L2(l2=0.01)
         >>> config.replace(num_heads=4).dims
         HeadDims(N=4, K=4, H=16, V=16)
+        >>> config.replace(use_bias=("value", "query")).biases, config.projections
+        (('query', 'value'), ('query', 'key', 'value', 'attention_output'))
         >>> MultiHeadAttentionConfig.from_dict(config.to_dict()) == config
         True
         >>> keras_config = {"num_heads": 2, "key_dim": 16, "name": "attention", "dtype": "float32"}
@@ -85,7 +91,7 @@ class MultiHeadAttentionConfig:
     key_dim: int
     value_dim: int | None = None
     dropout: float = 0.0
-    use_bias: bool = True
+    use_bias: Any = True
     output_shape: Any = None
     attention_axes: Any = None
     sliding_window: int | None = None
@@ -121,6 +127,20 @@ class MultiHeadAttentionConfig:
         if self.qk_norm is None and self.qk_norm_epsilon is not None:
             rule = "`qk_norm_epsilon` is read by `qk_norm` alone."
             checks.fail(ValueError, rule, f"qk_norm_epsilon={self.qk_norm_epsilon}, qk_norm=None")
+        object.__setattr__(self, "use_bias", _biases(self.use_bias, self.projections))
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the layer's linear maps."""
+        gate = ("gate",) if self.use_gate else ()
+        return ("query", "key", "value", *gate, "attention_output")
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The names of the projections that have a bias, whichever way `use_bias` says it."""
+        if isinstance(self.use_bias, bool):
+            return self.projections if self.use_bias else ()
+        return self.use_bias
 
     @property
     def dims(self) -> HeadDims:
@@ -168,8 +188,7 @@ class MultiHeadAttentionConfig:
             ValueError: a field that this package does not have; otherwise as the constructor.
         """
         fields = {name: value for name, value in config.items() if name not in _KERAS_ONLY}
-        policy = _policy_name(fields.pop("dtype", None))
-        return cls.from_dict({**fields, **_policy_dtypes(policy)})
+        return cls.from_dict({**fields, **policy_dtypes(fields.pop("dtype", None))})
 
 
 def field_names() -> tuple[str, ...]:
@@ -196,6 +215,25 @@ def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
     return tuple(_size(name, entry) for entry in entries)
 
 
+def _use_bias(name: str, value: Any) -> bool | tuple[str, ...]:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        rule = f"`{name}` must be True or False, or a tuple of names of projections."
+        remedy = f"Pass `{name}=({value!r},)`." if isinstance(value, str) else ""
+        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}", remedy)
+    return tuple(value)
+
+
+def _biases(use_bias: Any, projections: tuple[str, ...]) -> bool | tuple[str, ...]:
+    """All names are True, none are False, some stand in order: equal configs hash alike."""
+    if isinstance(use_bias, bool):
+        return use_bias
+    checks.known_names("A projection of this layer in `use_bias`", use_bias, projections)
+    named = tuple(name for name in projections if name in use_bias)
+    return named if named and named != projections else bool(named)
+
+
 def _identifier(kind: Kind) -> Any:
     return lambda name, value: resolve(kind, value)
 
@@ -218,7 +256,7 @@ _FIELD_CHECKS: dict[str, Any] = {
     "key_dim": _size,
     "value_dim": _optional(_size),
     "dropout": checks.rate,
-    "use_bias": checks.boolean,
+    "use_bias": _use_bias,
     "output_shape": _output_shape,
     "attention_axes": _optional(checks.axes),
     "sliding_window": _optional(_size),
@@ -252,19 +290,3 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, jax.lax.Precision):
         return value.name.lower()
     return list(value) if isinstance(value, tuple) else value
-
-
-def _policy_name(policy: Any) -> str | None:
-    """Keras writes a policy as a name, or as {"class_name": "DTypePolicy", "config": {"name"}}."""
-    if isinstance(policy, Mapping):
-        checks.one_of("dtype policy", policy.get("class_name"), ["DTypePolicy"])
-        return policy["config"]["name"]
-    return policy
-
-
-def _policy_dtypes(policy: str | None) -> dict[str, Any]:
-    if policy is None:
-        return {}
-    if policy.startswith("mixed_"):
-        return {"dtype": policy.removeprefix("mixed_"), "param_dtype": "float32"}
-    return {"dtype": policy, "param_dtype": policy}

@@ -44,7 +44,7 @@ class MultiHeadAttention(nn.Module):
     key_dim: int
     value_dim: int | None = None
     dropout: float = 0.0
-    use_bias: bool = True
+    use_bias: Any = True
     output_shape: Any = None
     attention_axes: Any = None
     sliding_window: int | None = None

@@ -26,7 +26,7 @@ def _config_arguments(init: Any) -> Any:
 
 
 class Projection(nnx.Module):
-    """One linear map's parameters: `kernel`, and `bias` in a layer with biases, as `nnx.Param`s."""
+    """One linear map's parameters: `kernel`, and `bias` where it has one, as `nnx.Param`s."""
 
     def __init__(self, arrays: ParamsLike):
         for leaf, array in arrays.items():

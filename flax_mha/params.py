@@ -46,9 +46,10 @@ def param_shapes(
 
     Returns:
         `{"query": {"kernel": DNH, "bias": NH}, "key": CKH, "value": MKV, ["gate": DNV,]
-        "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False. With
-        `qk_norm="rms"` also "query_norm" and "key_norm" `{"scale": H}`; with `RelativeBias`
-        "relative_bias" `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`.
+        "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False or
+        names others. With `qk_norm="rms"` also "query_norm" and "key_norm" `{"scale": H}`; with
+        `RelativeBias` "relative_bias" `{"embedding": XN}`; with `use_sinks` "sinks"
+        `{"logits": N}`.
 
     Raises:
         TypeError: an array in the place of its shape.
@@ -72,6 +73,13 @@ def param_shapes(
     return cast(Params, {**projections, **_extras(config)})
 
 
+def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
+    """(name, leaf) of every array of the tree."""
+    extras = {(name, leaf) for name, leaves in _extras(config).items() for leaf in leaves}
+    kernels = {(name, "kernel") for name in config.projections}
+    return kernels | {(name, "bias") for name in config.biases} | extras
+
+
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
     """What only some layers have: norms, a table of distances, sinks."""
     N, _, H, _ = config.dims
@@ -88,7 +96,7 @@ def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
 
 def _projection(name: str, kernel: Shape, config: MultiHeadAttentionConfig) -> Any:
     shapes = {"kernel": kernel, "bias": kernel[INPUT_RANK[name] :]}
-    if not config.use_bias:
+    if name not in config.biases:
         del shapes["bias"]
     return {leaf: jax.ShapeDtypeStruct(shape, config.param_dtype) for leaf, shape in shapes.items()}
 

@@ -141,3 +141,38 @@ def test_from_keras_config_refuses_another_layer(keras):
     layer = keras.layers.GroupQueryAttention(8, 4, 2)
     with pytest.raises(ValueError, match=r"must be among .*'num_heads'"):
         MultiHeadAttentionConfig.from_keras_config(layer.get_config())
+
+
+def test_biases_by_name_have_one_spelling():
+    config = MultiHeadAttentionConfig(2, 4, use_bias=("value", "query", "value"))
+    assert config.use_bias == config.biases == ("query", "value")
+    assert config == config.replace(use_bias=["query", "value"])
+    assert hash(config) == hash(MultiHeadAttentionConfig(2, 4, use_bias=["query", "value"]))
+    assert config.replace(use_bias=config.projections) == config.replace(use_bias=True)
+    assert config.replace(use_bias=()) == config.replace(use_bias=False)
+    gated = config.replace(use_gate=True, use_bias=config.projections)
+    assert gated.use_bias == (*gated.projections[:3], "attention_output")  # not the gate
+    assert gated.replace(use_bias=["gate", *config.projections]).use_bias is True
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert fields["use_bias"] == ["query", "value"]
+    assert MultiHeadAttentionConfig.from_dict(fields) == config
+
+
+@pytest.mark.parametrize(
+    ("use_bias", "error", "message"),
+    [
+        (("gate",), ValueError, r"in `use_bias` must be among \['query', 'key', 'value', 'atten"),
+        (("querry",), ValueError, "Received: 'querry'. Did you mean 'query'"),
+        (
+            "key",
+            TypeError,
+            r"tuple of names.*use_bias='key' of type.*`use_bias=\('key',\)",
+        ),
+        ({"key": True}, TypeError, "True or False, or a tuple of names.*of type dict"),
+        ((True, False), ValueError, "Received: True"),
+        (None, TypeError, "`use_bias` must be True or False"),
+    ],
+)
+def test_biases_that_are_none(use_bias, error, message):
+    with pytest.raises(error, match=message):
+        MultiHeadAttentionConfig(2, 4, use_bias=use_bias)

@@ -6,9 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, relaxed
+from helpers import assert_trees_close, random_params, relaxed
 
-from flax_mha import MultiHeadAttentionConfig, init_params, param_shapes
+import flax_mha.nnx
+from flax_mha import (
+    MultiHeadAttention,
+    MultiHeadAttentionConfig,
+    apply_constraints,
+    init_params,
+    multi_head_attention,
+    param_shapes,
+    regularization_loss,
+)
+from flax_mha.params import check_params
 
 QUERY, VALUE, KEY = (2, 5, 17), (2, 7, 23), (2, 7, 19)
 
@@ -122,3 +132,50 @@ def test_init_under_jit_and_vmap():
     stacked = jax.jit(jax.vmap(init))(keys)
     for i, init_key in enumerate(keys):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], stacked), init(init_key), "float32")
+
+
+def test_biases_by_name_are_the_only_ones():
+    """No entry: nothing to train, to penalize or to constrain."""
+    names = {"use_bias": ("query", "gate"), "use_gate": True}
+    config = MultiHeadAttentionConfig(3, 11, bias_initializer="ones", **names)
+    params = init_params(jax.random.key(0), config, QUERY, VALUE)
+    assert [name for name in flat(params) if "bias" in name] == ["gate.bias", "query.bias"]
+    assert params["query"].keys() == {"kernel", "bias"} != params["key"].keys()
+    with pytest.raises(ValueError, match=r"params\['key'\]` must hold \['kernel'\]"):
+        check_params(
+            init_params(jax.random.key(0), config.replace(use_bias=True), QUERY), config, QUERY
+        )
+
+
+def test_a_bias_that_is_absent_is_one_of_zeros_in_every_form():
+    config = MultiHeadAttentionConfig(3, 11, use_bias=("query", "value"), use_gate=True)
+    x = jax.random.normal(jax.random.key(1), QUERY)
+    shapes = param_shapes(config, QUERY)
+    params = random_params(shapes)
+    whole = jax.tree.map(jnp.zeros_like, param_shapes(config.replace(use_bias=True), QUERY))
+    zeros = {name: {**whole[name], **params[name]} for name in whole}
+    expected = multi_head_attention(zeros, x, x, config=config.replace(use_bias=True))
+    module = MultiHeadAttention.from_config(config)
+    kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (shapes, shapes))
+    initial = jax.eval_shape(module.init, jax.random.key(0), x, x)["params"]
+    layer = flax_mha.nnx.MultiHeadAttention.from_params(params, config)
+    trees = (initial, layer.params)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), trees) == kinds
+    for output in (
+        multi_head_attention(params, x, x, config=config),
+        module.apply({"params": params}, x, x),
+        layer(x, x),
+    ):
+        np.testing.assert_array_equal(output, expected)
+
+
+def test_an_absent_bias_costs_nothing():
+    """Its penalty and its constraint are not called at all."""
+    config = MultiHeadAttentionConfig(
+        3, 11, use_bias=("value",), bias_regularizer="l2", bias_constraint="non_neg"
+    )
+    params = jax.tree.map(lambda x: -jnp.ones(x.shape), param_shapes(config, QUERY))
+    np.testing.assert_allclose(regularization_loss(params, config), 0.01 * 33, rtol=1e-6)
+    held = apply_constraints(params, config)
+    assert jax.tree.structure(held) == jax.tree.structure(params)
+    assert not held["value"]["bias"].any()

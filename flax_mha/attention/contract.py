@@ -41,6 +41,7 @@ class Options:
     scale: float
     soft_cap: float | None = None
     dropout_rate: float = 0.0
+    broadcast_dropout: bool = False
     precision: Any = None
     return_weights: bool = False
     return_residuals: bool = False

@@ -37,6 +37,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
+    broadcast_dropout: bool = False,
     precision: Any = None,
     implementation: str | None = None,
     block_sizes: tuple[int, int] | None = None,
@@ -60,6 +61,7 @@ def dot_product_attention(
         local_window_size: (left, right) keys around the query, itself besides; an int = both.
         dropout_rate: probability in [0, 1] of dropping a weight; acts only with `dropout_key`.
         dropout_key: one PRNG key; None = no dropout.
+        broadcast_dropout: whether all examples and heads drop the same positions.
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
         block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
@@ -103,6 +105,7 @@ def dot_product_attention(
         local_window_size=local_window_size,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        broadcast_dropout=broadcast_dropout,
         precision=precision,
         block_sizes=block_sizes,
         return_weights=return_weights,

@@ -21,16 +21,24 @@ def words_of(dropout_key: PRNGKey) -> Array:
 
 
 def keep_mask(
-    word_2: Array, rate: float, shape: Shape, start: tuple[Array | int, ...] = (0, 0, 0, 0)
+    word_2: Array,
+    rate: float,
+    shape: Shape,
+    start: tuple[Array | int, ...] = (0, 0, 0, 0),
+    shared: bool = False,
 ) -> Array:
     """Booleans `[B, N, T, S]`, True with probability 1 - rate: the weights that stay.
 
     Entry (b, n, t, s) of the tile that begins at `start` is the same whatever the tile: equal for
     every implementation, block size and sharding. `start[-2]` must be a multiple of 4. The
-    probability is `1 - rate` rounded to a multiple of 2^-16.
+    probability is `1 - rate` rounded to a multiple of 2^-16. A `shared` mask is that of example 0
+    and head 0 for all of them.
 
     Memory: 1 byte an entry, and two 32-bit words for every four while it is computed.
     """
+    if shared:
+        one = keep_mask(word_2, rate, (1, 1, *shape[2:]), (0, 0, *start[2:]))
+        return jnp.broadcast_to(one, shape)
     B, N, T, S = shape
     b, n, t, s = start
     rows = -(-T // DRAWS)

@@ -75,8 +75,9 @@ def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
     if options.dropout_rate == 0.0:
         return weights_BNTS
     assert inputs.dropout_word_2 is not None
-    keep_BNTS = dropout.keep_mask(inputs.dropout_word_2, options.dropout_rate, weights_BNTS.shape)
-    return dropout.drop(weights_BNTS, keep_BNTS, options.dropout_rate)
+    rate, shared = options.dropout_rate, options.broadcast_dropout
+    keep_BNTS = dropout.keep_mask(inputs.dropout_word_2, rate, weights_BNTS.shape, shared=shared)
+    return dropout.drop(weights_BNTS, keep_BNTS, rate)
 
 
 def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:

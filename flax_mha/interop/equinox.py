@@ -27,8 +27,9 @@ def from_equinox(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
     """The config and the parameters of an `equinox.nn.MultiheadAttention`.
 
     Args:
-        module: the layer. Its biases may be there in some projections alone; the missing ones come
-            as zeros. Whether it is in inference mode does not matter: here a key means dropout.
+        module: the layer. Its biases may be there in some projections alone: `use_bias` of the
+            config names them. Whether it is in inference mode does not matter: here a key means
+            dropout.
 
     Returns:
         `(config, params)` such that, for one sequence `[T, D]`, `[S, C]`, `[S, M]`,
@@ -37,7 +38,8 @@ def from_equinox(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
 
     Raises:
         TypeError: not such a module, or weights that are not arrays of floats.
-        ValueError: weights that do not fit it, such as those of several layers stacked.
+        ValueError: weights that do not fit it, such as those of several layers stacked; arrays
+            that `equinox.nn.MultiheadAttention` does not have, as in a class derived from it.
 
     Differs from Equinox: (1) the order is query, value, key; (2) any number of batch axes goes
     without vmap; (3) a query that may attend nowhere has context 0, not mean(value).
@@ -58,7 +60,7 @@ def from_equinox(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
         key_dim=module.qk_size,
         value_dim=module.vo_size,
         dropout=_rate(module),
-        use_bias=any(name.endswith("bias") for name in arrays),
+        use_bias=tuple(n for n, (place, *_) in _PLACES.items() if f"{place}.bias" in arrays),
         output_shape=module.output_size,
         param_dtype=str(arrays["query_proj.weight"].dtype),
     )
@@ -79,9 +81,10 @@ def to_equinox(params: ParamsLike, config: MultiHeadAttentionConfig, module_like
         A copy of `module_like` whose arrays are these parameters, in their dtypes.
 
     Raises:
-        ValueError: `module_like` has other sizes or another dropout rate, or lacks a bias that is
-            not zero; the config asks for what Equinox does not have (a gate, grouped heads, a
-            window, attention axes, a compute dtype, an output of several axes).
+        ValueError: `module_like` has other sizes or another dropout rate, a bias that the config
+            lacks, or none for one that is not zero; the config asks for what Equinox does not have
+            (a gate, grouped heads, a window, attention axes, a compute dtype, an output of several
+            axes).
         TypeError: `module_like` is not such a module.
 
     Example:
@@ -105,7 +108,7 @@ def to_equinox(params: ParamsLike, config: MultiHeadAttentionConfig, module_like
 
     def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
         name = jax.tree_util.keystr(path).removeprefix(".")
-        return jnp.asarray(arrays[name]) if name in arrays else leaf
+        return jnp.array(arrays[name]) if name in arrays else leaf
 
     return jax.tree_util.tree_map_with_path(replaced, module_like)
 
@@ -124,7 +127,19 @@ def _arrays(module: Any) -> dict[str, Any]:
             )
             evidence = f"{type(module).__name__} without an array `{place}.weight`"
             checks.fail(TypeError, rule, evidence)
+    _no_others(module, arrays)
     return arrays
+
+
+def _no_others(module: Any, arrays: dict[str, Any]) -> None:
+    """A derived class may hold a norm or a table of its own, and use it."""
+    leaves = jax.tree_util.tree_leaves_with_path(module)
+    paths = [jax.tree_util.keystr(path) for path, leaf in leaves if checks.is_array(leaf)]
+    found = [path.removeprefix(".") for path in paths]
+    others = [name for name in found if name not in {*arrays, "dropout.p", "dropout.inference"}]
+    if others:
+        rule = f"The arrays of the module must be {sorted(arrays)}."
+        checks.fail(ValueError, rule, f"{type(module).__name__} that also has {sorted(others)}")
 
 
 def _rate(module: Any) -> float:
@@ -138,7 +153,7 @@ def _table(config: MultiHeadAttentionConfig, arrays: Any) -> list[Entry]:
     table = []
     for projection, (place, weight_axes, bias_axes) in _PLACES.items():
         table.append(Entry((projection, "kernel"), f"{place}.weight", weight_axes))
-        if config.use_bias:
+        if projection in config.biases:
             name = f"{place}.bias"
             table.append(Entry((projection, "bias"), name if name in arrays else None, bias_axes))
     return table
@@ -152,7 +167,8 @@ def _same_layer(config: MultiHeadAttentionConfig, module: Any, arrays: Any) -> N
     theirs = dict(zip(ours, sizes))
     if ours != theirs:
         checks.fail(ValueError, f"`module_like` must have the config's {ours}.", f"{theirs}")
-    biases = [name for name in arrays if name.endswith("bias")]
-    if biases and not config.use_bias:
-        rule = "`module_like` must have no biases where the config has `use_bias=False`."
-        checks.fail(ValueError, rule, f"{biases}", "Make it with `use_query_bias=False` and so on.")
+    biases = [f"{_PLACES[projection][0]}.bias" for projection in config.biases]
+    extra = [name for name in arrays if name.endswith("bias") and name not in biases]
+    if extra:
+        rule = f"`module_like` must have no biases where the config has use_bias={config.use_bias}."
+        checks.fail(ValueError, rule, f"{extra}", "Make it with `use_query_bias=False` and so on.")

@@ -130,6 +130,8 @@ def _real(name: str, lengths: Any, B: int, size: int) -> Array | None:
     """Booleans `[B, size]`, True before the example's length."""
     if lengths is None:
         return None
+    if checks.is_array(lengths):
+        checks.fits(name, lengths)
     lengths_B = jnp.asarray(lengths)
     if lengths_B.shape != (B,) or not jnp.issubdtype(lengths_B.dtype, jnp.integer):
         evidence = f"shape {lengths_B.shape} and dtype {lengths_B.dtype}"

@@ -4,7 +4,8 @@
 
 spells the framework's axes in the letters of `flax_mha.params.LETTERS`; a bracket is one axis that
 merges several. What a framework lacks has no name: it comes in as zeros, and leaves only if it is
-zero. So `from_table` and `to_table` are exact inverses of each other, bit for bit.
+zero. A bias that our layer lacks (`use_bias`) comes in only if it is zero, and leaves as zeros. So
+`from_table` and `to_table` are exact inverses of each other, bit for bit.
 """
 
 import math
@@ -19,7 +20,7 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, Params, ParamsLike, Shape
-from flax_mha.params import LETTERS, check_params
+from flax_mha.params import INPUT_RANK, LETTERS, check_params, places
 
 Sizes = dict[str, int]
 
@@ -39,6 +40,7 @@ def from_table(
     _same_names([entry.name for entry in table if entry.name is not None], arrays)
     sizes: Sizes = dict(config.dims._asdict())
     params: dict[str, dict[str, Array]] = {}
+    wanted = places(config)
     for entry in sorted(table, key=lambda entry: entry.name is None):  # zeros need the sizes
         projection, leaf = entry.place
         if entry.name is None:
@@ -47,6 +49,9 @@ def from_table(
             array = jnp.zeros([sizes[x] for x in LETTERS[projection][leaf]], dtype)
         else:
             array = _incoming(entry, arrays[entry.name], sizes)
+        if entry.place not in wanted:
+            _absent_is_zero(entry, np.asarray(array))
+            continue
         params.setdefault(projection, {})[leaf] = array
     check_params(params, config, *((1, sizes[letter]) for letter in "DMC"))
     return cast(Params, params)
@@ -62,7 +67,10 @@ def to_table(
     arrays = {}
     for entry in table:
         projection, leaf = entry.place
-        array = np.asarray(params[projection][leaf])
+        leaves = params[projection]
+        array = (
+            np.asarray(leaves[leaf]) if leaf in leaves else zero_bias(projection, leaves["kernel"])
+        )
         if entry.name is None:
             _is_zero(entry, array)
         else:
@@ -103,7 +111,8 @@ def _incoming(entry: Entry, array: Any, sizes: Sizes) -> Array:
     _learn(entry, groups, values.shape, sizes)
     letters = "".join(groups)
     order = [letters.index(letter) for letter in _letters(entry)]
-    return jnp.asarray(values.reshape([sizes[letter] for letter in letters]).transpose(order))
+    # A copy: older JAX would share the memory of an aligned array that its owner may write to.
+    return jnp.array(values.reshape([sizes[letter] for letter in letters]).transpose(order))
 
 
 def _outgoing(entry: Entry, array: np.ndarray) -> np.ndarray:
@@ -192,8 +201,20 @@ def _all_have_a_place(table: Sequence[Entry], params: ParamsLike) -> None:
                 checks.fail(ValueError, rule, f"names {sorted(params)}", remedy)
 
 
+def zero_bias(projection: str, kernel: Any) -> np.ndarray:
+    """What a layer of all biases holds where ours has none."""
+    return np.zeros(kernel.shape[INPUT_RANK[projection] :], kernel.dtype)
+
+
+def _absent_is_zero(entry: Entry, array: np.ndarray) -> None:
+    if array.any():
+        rule = f"`{entry.name}` has no place in the config's `use_bias`, so it must be zero."
+        checks.fail(ValueError, rule, f"entries up to {np.abs(array).max():.3g}")
+
+
 def _is_zero(entry: Entry, array: np.ndarray) -> None:
     if array.any():
         where = "".join(f"[{part!r}]" for part in entry.place)
         rule = f"params{where} has no place in that layer, so it must be zero."
-        checks.fail(ValueError, rule, f"entries up to {np.abs(array).max():.3g}")
+        remedy = "Train with a config whose `use_bias` names the biases that the model has."
+        checks.fail(ValueError, rule, f"entries up to {np.abs(array).max():.3g}", remedy)

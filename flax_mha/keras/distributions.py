@@ -107,7 +107,8 @@ class RandomNormal(Initializer):
     Args:
         mean: the middle.
         stddev: the standard deviation.
-        seed: None, or the integer that stands in for `init_key`.
+        seed: None, or the integer that stands in for `init_key`: then query, key and value of one
+            shape get equal numbers, as in Keras; without it they differ.
 
     Example:
         >>> RandomNormal(mean=5.0, stddev=0.0, seed=1)(None, (2,), "float32").tolist()
@@ -132,7 +133,8 @@ class TruncatedNormal(Initializer):
     Args:
         mean: the middle.
         stddev: the standard deviation before the ends are cut off.
-        seed: None, or the integer that stands in for `init_key`.
+        seed: None, or the integer that stands in for `init_key`: then query, key and value of one
+            shape get equal numbers, as in Keras; without it they differ.
 
     Example:
         >>> values = TruncatedNormal(stddev=1.0, seed=1)(None, (1000,), "float32")
@@ -157,7 +159,8 @@ class RandomUniform(Initializer):
     Args:
         minval: the lower end.
         maxval: the upper end.
-        seed: None, or the integer that stands in for `init_key`.
+        seed: None, or the integer that stands in for `init_key`: then query, key and value of one
+            shape get equal numbers, as in Keras; without it they differ.
 
     Example:
         >>> values = RandomUniform(0.0, 1.0, seed=1)(None, (1000,), "float32")
@@ -190,7 +193,8 @@ class Orthogonal(Initializer):
 
     Args:
         gain: the factor of Q.
-        seed: None, or the integer that stands in for `init_key`.
+        seed: None, or the integer that stands in for `init_key`: then query, key and value of one
+            shape get equal numbers, as in Keras; without it they differ.
 
     Reference: Saxe et al., 2014, https://arxiv.org/abs/1312.6120
 

@@ -90,7 +90,8 @@ class VarianceScaling(Initializer):
         scale: the variance, times n.
         mode: n: "fan_in", "fan_out" or "fan_avg".
         distribution: "truncated_normal" (or "normal"), "untruncated_normal" or "uniform".
-        seed: None, or the integer that stands in for `init_key`.
+        seed: None, or the integer that stands in for `init_key`: then query, key and value of one
+            shape get equal numbers, as in Keras; without it they differ.
         input_axes: the axes that make fan_in; None = those of `fans=`, else of `compute_fans`.
         output_axes: the axes that make fan_out; likewise.
 
@@ -98,6 +99,14 @@ class VarianceScaling(Initializer):
         >>> values = VarianceScaling(3.0, "fan_out", "uniform", seed=1)(None, (5, 9), "float32")
         >>> bool(abs(values).max() <= 1)
         True
+        >>> import jax, flax_mha
+        >>> def query_is_key(seed):
+        ...     scaling = VarianceScaling(seed=seed)
+        ...     config = flax_mha.MultiHeadAttentionConfig(2, 4, kernel_initializer=scaling)
+        ...     params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
+        ...     return bool((params["query"]["kernel"] == params["key"]["kernel"]).all())
+        >>> query_is_key(1), query_is_key(None)
+        (True, False)
     """
 
     scale: Positive = 1.0
@@ -135,6 +144,7 @@ class GlorotUniform(VarianceScaling):
     """Uniform, variance `2 / (fan_in + fan_out)`.
 
     Args: those of `keras.initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+    With a `seed`, kernels of one shape get equal numbers.
 
     Reference: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html.
 
@@ -153,6 +163,7 @@ class GlorotNormal(VarianceScaling):
     """Truncated normal, variance `2 / (fan_in + fan_out)`.
 
     Args: those of `keras.initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+    With a `seed`, kernels of one shape get equal numbers.
 
     Reference: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html.
 
@@ -171,6 +182,7 @@ class LecunNormal(VarianceScaling):
     """Truncated normal, variance `1 / fan_in`.
 
     Args: those of `keras.initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+    With a `seed`, kernels of one shape get equal numbers.
 
     Reference: LeCun et al., 1998, Efficient BackProp.
 
@@ -189,6 +201,7 @@ class LecunUniform(VarianceScaling):
     """Uniform, variance `1 / fan_in`.
 
     Args: those of `keras.initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+    With a `seed`, kernels of one shape get equal numbers.
 
     Reference: LeCun et al., 1998, Efficient BackProp.
 
@@ -207,6 +220,7 @@ class HeNormal(VarianceScaling):
     """Truncated normal, variance `2 / fan_in`.
 
     Args: those of `keras.initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+    With a `seed`, kernels of one shape get equal numbers.
 
     Reference: He et al., 2015, https://arxiv.org/abs/1502.01852.
 
@@ -225,6 +239,7 @@ class HeUniform(VarianceScaling):
     """Uniform, variance `2 / fan_in`.
 
     Args: those of `keras.initializers.VarianceScaling`, but scale, mode and distribution are fixed.
+    With a `seed`, kernels of one shape get equal numbers.
 
     Reference: He et al., 2015, https://arxiv.org/abs/1502.01852.
 

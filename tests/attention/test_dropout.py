@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_trees_close
 from jax.extend.random import threefry_2x32
 
 from flax_mha import dot_product_attention
@@ -88,3 +89,55 @@ def test_kept_weights_are_divided_and_the_weights_returned_are_not():
     kept = mask(shape=(2, 3, 40, 40))
     np.testing.assert_allclose(context.swapaxes(1, 2), np.where(kept, weights / 0.75, 0), rtol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
+# --- one mask for all examples and heads --------------------------------------------------------
+
+
+def test_a_shared_mask_is_that_of_the_first_example_and_head():
+    key = jax.random.key(3)
+    shared = np.asarray(keep_mask(words_of(key), 0.25, SHAPE, shared=True))
+    np.testing.assert_array_equal(shared, np.broadcast_to(mask()[:1, :1], SHAPE))
+    tile = keep_mask(words_of(key), 0.25, (1, 2, 8, 5), (1, 1, 12, 7), shared=True)
+    np.testing.assert_array_equal(tile, shared[1:, 1:, 12:20, 7:12])
+
+
+RAGGED = (2, 11, 6, 8)
+CALLS = [
+    {"implementation": "reference"},
+    {"implementation": "blockwise", "block_sizes": (4, 3)},
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_every_implementation_shares_one_mask(call):
+    """Grouped heads too; forward and gradient; equal for a batch and under vmap."""
+    query = jax.random.normal(jax.random.key(0), RAGGED)
+    key, value = jax.random.normal(jax.random.key(1), (2, 2, 13, 2, 8))
+    drop = {"dropout_rate": 0.25, "dropout_key": jax.random.key(3), "broadcast_dropout": True}
+    attend = lambda *arrays: dot_product_attention(*arrays, **drop, **call)
+    keep = mask(shape=(1, 1, 11, 13))
+
+    def expected(query, key, value):
+        key, value = (jnp.repeat(x, 3, 2) for x in (key, value))
+        logits = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(8, dtype="float32")
+        weights = jnp.where(keep, jax.nn.softmax(logits) / 0.75, 0)
+        return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+    with_gradient = lambda f: jax.jit(
+        lambda *arrays: (f(*arrays), jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))(*arrays))
+    )
+    whole = with_gradient(attend)(query, key, value)
+    assert_trees_close(whole, with_gradient(expected)(query, key, value), "float32")
+    each = jax.jit(jax.vmap(attend))(query, key, value)
+    assert_trees_close(each, whole[0], "float32")
+
+
+def test_shared_dropout_without_a_key_or_a_rate_is_none():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+    quiet = dot_product_attention(x, x, x)
+    for call in ({"dropout_rate": 0.5}, {"dropout_key": jax.random.key(3)}):
+        output = dot_product_attention(x, x, x, broadcast_dropout=True, **call)
+        np.testing.assert_array_equal(output, quiet)
+    with pytest.raises(TypeError, match="`broadcast_dropout` must be True or False"):
+        dot_product_attention(x, x, x, broadcast_dropout=None)

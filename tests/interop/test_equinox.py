@@ -59,14 +59,14 @@ def test_defaults_of_equinox():
 def test_the_config_says_what_the_module_is():
     module = module_of(*BIASES[:1], dropout_p=0.3, inference=True, dtype=jnp.bfloat16)
     expected = MultiHeadAttentionConfig(
-        N, H, V, dropout=0.3, output_shape=E, param_dtype="bfloat16"
+        N, H, V, dropout=0.3, use_bias=("query",), output_shape=E, param_dtype="bfloat16"
     )
     config, params = from_equinox(module)
     assert config == expected
-    assert params.keys() == param_shapes(config, (T, D), (S, M), (S, C)).keys()
+    shapes = param_shapes(config, (T, D), (S, M), (S, C))
+    assert jax.tree.structure(params) == jax.tree.structure(shapes)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     assert params["query"]["bias"].any()
-    assert not params["key"]["bias"].any()
     array_rate = eqx.tree_at(lambda m: m.dropout.p, module, jnp.array(0.5))
     assert from_equinox(array_rate)[0].dropout == 0.5
 
@@ -137,6 +137,34 @@ def test_a_bias_without_a_place_must_be_zero():
     made = to_equinox(zero, CONFIG, module)
     assert made.output_proj.bias is None
     assert_same_module(made, module)  # which drew the same numbers from the same key
+
+
+def test_a_module_s_biases_can_be_trained():
+    """Those that it lacks do not come as zeros, which training would move."""
+    module = module_of(*BIASES[:1], BIASES[3])
+    config, params = from_equinox(module)
+    assert config.use_bias == ("query", "attention_output")
+    trained = jax.tree.map(lambda x: x + 1, params)
+    made = to_equinox(trained, config, module)
+    assert_same_module(from_equinox(made)[1], trained)
+    with pytest.raises(ValueError, match=r"use_bias=\('query', 'att.*\['key_proj.bias', 'value_p"):
+        to_equinox(params, config, FULL)
+
+
+class Normed(eqx.nn.MultiheadAttention):
+    """Somebody's own: what it holds besides is not dropped."""
+
+    scale: jax.Array | None = None
+
+
+def test_arrays_of_a_derived_class_are_refused_by_name():
+    fields = {field: getattr(FULL, field) for field in FULL.__dataclass_fields__}
+    module = object.__new__(Normed)
+    for name, value in {**fields, "scale": jnp.ones(H)}.items():
+        object.__setattr__(module, name, value)
+    for call in (from_equinox, lambda module: to_equinox(PARAMS, CONFIG, module)):
+        with pytest.raises(ValueError, match=r"must be \['key_proj.bias'.*also has \['scale'\]"):
+            call(module)
 
 
 def test_a_module_of_other_features_is_refused():

@@ -302,3 +302,10 @@ def test_a_traced_scale_of_many_numbers_is_refused():
     run = jax.jit(lambda scale: jax_nn.dot_product_attention(X, X, X, scale=scale))
     with pytest.raises(ValueError, match=r"`scale` must be one number.*\(3,\)"):
         run(jnp.ones(3))
+
+
+def test_lengths_that_32_bits_would_cut_are_refused():
+    x = normal(0, 2, 5, 2, 4)
+    lengths = np.array([2**32, 3])
+    with pytest.raises(ValueError, match=r"`key_value_seq_lengths` must fit int32"):
+        jax_nn.dot_product_attention(x, x, x, key_value_seq_lengths=lengths)

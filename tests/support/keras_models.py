@@ -120,6 +120,94 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     """Not Keras's, though called like it."""
 
 
+class Projections(keras.layers.Layer):
+    """The maps of 4 query heads and 2 key heads of size 5, as KerasHub's layers hold them."""
+
+    prefix, equation, norms = "", "btd,dnh->btnh", ()
+    heads = (4, 2, 2)
+
+    def build(self, shape):
+        self.rotary_embedding_layer = keras.layers.Identity()  # no weights: it has a group
+        for name, heads in zip(("query", "key", "value"), self.heads):
+            self.add_map(f"{name}_dense", self.equation, (None, heads, 5), shape)
+            self.add_norm(f"{self.prefix}{name}_dense_layer_norm")
+        self.add_map("output_dense", "btnh,nhd->btd", (None, shape[-1]), (None, None, 4, 5))
+
+    def add_map(self, name, equation, sizes, shape):
+        dense = keras.layers.EinsumDense(equation, sizes, **ZEROS)
+        setattr(self, self.prefix + name, dense)
+        dense.build(shape)
+
+    def add_norm(self, name):
+        if name in self.norms:
+            setattr(self, name, keras.layers.RMSNormalization())
+            getattr(self, name).build((None, None, 4, 5))
+
+    def call(self, x):
+        return x
+
+
+class LlamaAttention(Projections):
+    """KerasHub's Llama, Mistral: nothing but the rotary embedding tells that it is not Keras's."""
+
+    prefix = "_"
+
+
+class Qwen3Attention(Projections):
+    """KerasHub's Qwen 3: two norms beside the maps."""
+
+    prefix, norms = "_", ("_query_dense_layer_norm", "_key_dense_layer_norm")
+
+
+class GptOssAttention(Projections):
+    """KerasHub's gpt-oss: a logit of each head in the layer itself."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.sinks = self.add_weight(shape=(4,), initializer="zeros", name="sinks")
+
+
+class GemmaAttention(Projections):
+    """KerasHub's Gemma: kernels `[N, D, H]`."""
+
+    equation = "btd,ndh->btnh"
+
+
+class Gemma3Attention(GemmaAttention):
+    """KerasHub's Gemma 3: norms that keep their scales as w - 1."""
+
+    norms = ("query_norm",)
+
+    def build(self, shape):
+        super().build(shape)
+        self.add_norm("query_norm")
+
+
+class Block(keras.layers.Layer):
+    """A decoder block, with an array beside the attention layer that is not of it."""
+
+    def __init__(self, attention, **kwargs):
+        super().__init__(**kwargs)
+        self.attention, self.norm = attention, keras.layers.LayerNormalization()
+
+    def build(self, shape):
+        self.attention.build(shape)
+        self.norm.build(shape)
+
+    def call(self, x):
+        return x
+
+
+def saved_block(attention, path, features=D):
+    """Writes a model that holds the attention layer in a block; the layer, random."""
+    with relaxed():
+        x = keras.Input((T, features))
+        model = keras.Model(x, Block(attention, name="block")(x))
+        randomize(attention)
+        model.save_weights(path)
+    return attention
+
+
 def attention(name, **arguments):
     return keras.layers.MultiHeadAttention(name=name, **{**MHA, **ZEROS, **arguments})
 

@@ -1,9 +1,31 @@
-"""The installed torch's MultiheadAttention as NumPy sees it; skips where torch is absent."""
+"""Parameters for PyTorch's layouts; the installed torch's module as NumPy sees it.
+
+What asks for torch skips where it is absent.
+"""
 
 import contextlib
 
+import jax
 import numpy as np
 import pytest
+from helpers import H, N, random_params
+
+from flax_mha import param_shapes
+
+NAMES = {"query": "q_lin", "key": "k_lin", "value": "v_lin", "attention_output": "out_lin"}
+E = N * H  # torch's embed_dim
+
+
+def params_of(config, query=E, value=None, key=None, dtype="float32"):
+    shapes = param_shapes(config, (1, query), (1, value or query), (1, key or value or query))
+    return random_params(shapes, dtype=dtype)
+
+
+def assert_same_bits(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def installed_torch():

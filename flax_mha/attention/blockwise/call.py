@@ -163,7 +163,8 @@ def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:
         return lambda x_bkrs: x_bkrs
     full = (tiling.B, tiling.K * tiling.G, tiling.T, tiling.S)
     start, size = scores_place(tiling, full, tile)
-    keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start)
+    shared = plan.options.broadcast_dropout
+    keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start, shared)
     keep_bkrs = keep_bnts.reshape(tiling.b, tiling.k, tiling.r, tiling.s)
     return lambda x_bkrs: dropout.drop(x_bkrs, keep_bkrs, rate)
 

@@ -58,7 +58,7 @@ def attention_fn(
         bias: floats that broadcast to `[..., N, T, S]`, added to the logits.
         mask: broadcasts to `[..., N, T, S]`, True = may attend: booleans, integers or floats of 0
             and 1 as flax's `make_causal_mask` returns them; or a `Mask`, which holds no `[T, S]`.
-        broadcast_dropout: must be False where dropout acts.
+        broadcast_dropout: whether all examples and heads drop the same positions.
         dropout_rng: one PRNG key; needed where dropout acts.
         dropout_rate: probability in [0, 1] of dropping a weight.
         deterministic: True = no dropout.
@@ -81,7 +81,8 @@ def attention_fn(
         The context `[..., T, N, V]`.
 
     Raises:
-        NotImplementedError: an argument of flax that cannot be honoured, by its name.
+        NotImplementedError: an argument of flax that cannot be honoured, by its name; complex
+            inputs.
         ValueError: dropout without a key, an additive mask, shapes that do not fit.
         TypeError: integer inputs, a `module` without `sow`.
 
@@ -89,9 +90,9 @@ def attention_fn(
     is: pass `mask=Mask.causal()` to the flax module instead of `make_causal_mask(x)`.
 
     Differs from flax: (1) a query that may attend nowhere gets context 0, not mean(value);
-    (2) dropout draws one mask an example and head, other numbers than flax's from the same key,
-    and rate 1 gives zeros, not NaN; (3) the softmax is never in 16 bits; (4) under `jax.jit` an
-    additive float mask cannot be seen: it then removes every key, and is not inverted.
+    (2) dropout draws other numbers than flax's from the same key, and rate 1 gives zeros, not NaN;
+    (3) the softmax is never in 16 bits; (4) under `jax.jit` an additive float mask cannot be seen:
+    it then removes every key, and is not inverted; (5) complex inputs are refused.
 
     Example:
         >>> import functools, jax
@@ -110,6 +111,7 @@ def attention_fn(
         input_positions=input_positions,
     )
     query, key, value = _promoted((query, key, value), dtype, promote_dtype)
+    _refuse_complex(query=query, key=key, value=value)
     rate = checks.rate("dropout_rate", dropout_rate)
     drops = not checks.boolean("deterministic", deterministic) and rate > 0
     if checks.boolean("is_causal", is_causal) and checks.is_array(mask):
@@ -123,7 +125,8 @@ def attention_fn(
         bias=bias,
         is_causal=is_causal,
         dropout_rate=rate,
-        dropout_key=_dropout_key(dropout_rng, broadcast_dropout) if drops else None,
+        dropout_key=_dropout_key(dropout_rng) if drops else None,
+        broadcast_dropout=broadcast_dropout,
         precision=precision,
         implementation=implementation,
         block_sizes=block_sizes,
@@ -146,6 +149,16 @@ def _refuse(**arguments: Any) -> None:
             checks.fail(NotImplementedError, rule, evidence, REMEDIES[name])
 
 
+def _refuse_complex(**arrays: Any) -> None:
+    for name, x in arrays.items():
+        if jnp.iscomplexobj(x):
+            rule = "Complex attention cannot be honoured here: complex numbers have no order, by "
+            rule += "which a softmax finds its largest logit."
+            evidence = f"{name} of dtype {x.dtype}"
+            remedy = "Attend with real and imaginary parts as features of their own."
+            checks.fail(NotImplementedError, rule, evidence, remedy)
+
+
 def _promoted(arrays: tuple[Array, ...], dtype: DType, promote_dtype: Any) -> tuple[Array, ...]:
     """The arrays in one dtype, as flax has them before it attends."""
     if dtype is not None:
@@ -158,11 +171,7 @@ def _promoted(arrays: tuple[Array, ...], dtype: DType, promote_dtype: Any) -> tu
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
-def _dropout_key(dropout_rng: PRNGKey | None, broadcast_dropout: bool) -> PRNGKey:
-    if checks.boolean("broadcast_dropout", broadcast_dropout):
-        rule = "Dropout that is equal for all examples and heads cannot be honoured here."
-        remedy = "Pass `broadcast_dropout=False` to the flax module; True is flax's default."
-        checks.fail(NotImplementedError, rule, "broadcast_dropout=True with dropout on", remedy)
+def _dropout_key(dropout_rng: PRNGKey | None) -> PRNGKey:
     if dropout_rng is None:
         remedy = "Pass `dropout_rng=jax.random.key(0)`, or `deterministic=True`."
         checks.fail(ValueError, "Dropout needs a PRNG key.", "dropout_rng=None", remedy)

@@ -1,10 +1,12 @@
 """Flax's own attention modules as a config and parameters: each attribute honoured or refused.
 
-Flax itself is not imported: modules are read by their attributes, of whichever version.
+Modules are read by their attributes, of whichever version of flax.
 """
 
 import inspect
 from typing import Any
+
+import jax
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
@@ -87,7 +89,8 @@ def from_nnx_module(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
 
     Raises:
         TypeError: another kind of module, or one whose Linears were replaced (by adapters).
-        ValueError: parameters that do not fit it, such as those of several layers stacked.
+        ValueError: parameters that do not fit it, such as those of several layers stacked, or that
+            flax's layer does not have, as in a class derived from it.
         NotImplementedError: as `from_linen_module`.
 
     Differs from flax: as `from_linen_module`.
@@ -103,6 +106,7 @@ def from_nnx_module(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
     _is_layer(module, _NNX, "an nnx.MultiHeadAttention")
     _refuse_unlike(module)
     params = {place: _linear(module, place) for place, _, _ in PROJECTIONS.values()}
+    _no_others(module, params)
     kv_heads = getattr(module, "num_kv_heads", module.num_heads)  # flax before 0.12 has no groups
     kv_heads = None if kv_heads == module.num_heads else kv_heads
     config = _config(module, dict(flat(params)), module.head_dim, kv_heads)
@@ -165,6 +169,21 @@ def _query_kernel(arrays: dict[str, Any]) -> Array:
         evidence = f"arrays {sorted(arrays)}, shape {getattr(kernel, 'shape', None)}"
         checks.fail(ValueError, rule, evidence, "Layers that were stacked: one at a time.")
     return kernel
+
+
+def _no_others(module: Any, params: Any) -> None:
+    """A derived class may hold a norm or a table of its own, and use it."""
+    from flax import nnx  # here: who has such a module has imported it
+
+    ours, all_params = (
+        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    )
+    if all_params - ours:
+        rule = f"The parameters of the module must be {sorted(ours)}."
+        evidence = f"{type(module).__name__} that also has {sorted(all_params - ours)}"
+        remedy = "`from_flax_params` takes the weights alone, with a config of your own."
+        checks.fail(ValueError, rule, evidence, remedy)
 
 
 def _linear(module: Any, place: str) -> dict[str, Array]:

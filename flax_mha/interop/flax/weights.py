@@ -12,6 +12,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, Params, ParamsLike
 from flax_mha.interop.layout import PLAIN, Entry, from_table, only, to_table
+from flax_mha.params import places
 
 # Where flax keeps each projection, and the axes of its kernel and its bias there.
 PROJECTIONS = {
@@ -57,7 +58,9 @@ def from_flax_params(params: ParamsLike, config: MultiHeadAttentionConfig) -> Pa
         >>> from_flax_params(variables["params"], config)["attention_output"]["kernel"].shape
         (2, 16, 24)
     """
-    return from_table(_table(config), dict(flat(params)), config)
+    arrays, wanted = dict(flat(params)), places(config)
+    table = [entry for entry in _table(config) if entry.place in wanted or entry.name in arrays]
+    return from_table(table, arrays, config)
 
 
 def to_flax_params(
@@ -72,7 +75,8 @@ def to_flax_params(
 
     Returns:
         `{"query": {"kernel": DNH, "bias": NH}, "key": ..., "value": ..., "out": {"kernel": NHE,
-        "bias": E}}`, for a layer of `qkv_features = N H` and `out_features = E`.
+        "bias": E}}`, for a layer of `qkv_features = N H` and `out_features = E`. It has all biases
+        or none: one that `use_bias` does not name is zeros, which come back as none.
 
     Raises:
         ValueError: the config asks for what flax.linen's layer does not have: grouped heads, a
@@ -135,6 +139,7 @@ def to_nnx_state(
 
 
 def _table(config: MultiHeadAttentionConfig) -> list[Entry]:
+    # flax's layer has all biases or none: one that the config lacks is a bias of zeros there.
     leaves = ("kernel", "bias") if config.use_bias else ("kernel",)
     return [
         Entry((projection, leaf), f"{place}.{leaf}", axes)
@@ -168,5 +173,5 @@ def _nested(params: ParamsLike, config: MultiHeadAttentionConfig) -> dict[str, d
     nested: dict[str, dict[str, Array]] = {}
     for name, array in to_table(_table(config), params, config).items():
         place, leaf = name.split(".")
-        nested.setdefault(place, {})[leaf] = jnp.asarray(array)
+        nested.setdefault(place, {})[leaf] = jnp.array(array)
     return nested

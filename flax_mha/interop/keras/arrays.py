@@ -11,15 +11,25 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, Shape
 from flax_mha.params import check_params
+from flax_mha.positions import RelativeBias
+
+_ORDER = ("query", "key", "gate", "value", "attention_output")
 
 
 def places_of(config: MultiHeadAttentionConfig) -> list[tuple[str, str]]:
-    """(projection, leaf) of every array, in Keras's order."""
+    """(projection, leaf) of every array, in Keras's order; what Keras lacks, in KerasHub's."""
     _is_config(config)
-    gate = ["gate"] if config.use_gate else []
-    leaves = ["kernel", "bias"] if config.use_bias else ["kernel"]
-    projections = ["query", "key", *gate, "value", "attention_output"]
-    return [(projection, leaf) for projection in projections for leaf in leaves]
+    if isinstance(config.position, RelativeBias):
+        rule = "Keras's layer has no place for a table of distances."
+        remedy = "Carry it by hand: a config without `position`, and `relative_bias` added."
+        checks.fail(ValueError, rule, f"position={config.position}", remedy)
+    norms = {"query": "query_norm", "key": "key_norm"} if config.qk_norm == "rms" else {}
+    places = [("sinks", "logits")] if config.use_sinks else []
+    for projection in (name for name in _ORDER if name in config.projections):
+        places.append((projection, "kernel"))
+        places += [(projection, "bias")] if projection in config.biases else []
+        places += [(norms[projection], "scale")] if projection in norms else []
+    return places
 
 
 def _is_config(config: Any) -> None:
@@ -41,7 +51,7 @@ def params_from(
         checks.x64_enabled(name, array.dtype)
     params = tree_of(arrays)
     check(params, config)
-    return cast(Params, jax.tree.map(jnp.asarray, params))
+    return cast(Params, jax.tree.map(jnp.array, params))
 
 
 def tree_of(arrays: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:

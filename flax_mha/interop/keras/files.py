@@ -12,13 +12,9 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.typing import Params, ParamsLike, Shape
 from flax_mha.interop.keras.archive import open_keras_file
 from flax_mha.interop.keras.arrays import check, params_from, places_of, tree_of
-from flax_mha.interop.keras.layers import (
-    any_layer,
-    attention_layer,
-    check_ordinary,
-    config_of,
-    contents,
-)
+from flax_mha.interop.keras.layer_config import config_of, is_keras_s
+from flax_mha.interop.keras.layers import any_layer, attention_layer, contents
+from flax_mha.interop.keras.places import check_ordinary, placed
 from flax_mha.interop.keras.save import write_copy, write_new
 from flax_mha.interop.keras.tree import read_array
 from flax_mha.interop.keras.weights import to_keras_weights
@@ -32,8 +28,10 @@ class KerasLayer(NamedTuple):
     Attributes:
         path: where it stands in the file: `layers/multi_head_attention_1`.
         name: the user's, such as `encoder/attention`; None where the file does not tell.
-        class_name: "MultiHeadAttention" or "GroupQueryAttention".
-        shapes: the arrays' shapes by "query/kernel" and so on.
+        class_name: "MultiHeadAttention" or "GroupQueryAttention", by what its parts are called;
+            its class may be another, of the same parts.
+        shapes: the arrays' shapes by "query/kernel" and so on; of arrays that Keras's own layer
+            does not have, by their path below the layer's.
 
     Example:
         >>> KerasLayer("layers/x", None, "MultiHeadAttention", {"query/kernel": (8, 2, 4)}).path
@@ -75,7 +73,11 @@ def list_keras_layers(path: PathLike) -> list[KerasLayer]:
 
 
 def load_keras_file(
-    path: PathLike, layer: str | None = None, config: MultiHeadAttentionConfig | None = None
+    path: PathLike,
+    layer: str | None = None,
+    config: MultiHeadAttentionConfig | None = None,
+    *,
+    kernel_axes: str | None = None,
 ) -> tuple[MultiHeadAttentionConfig, Params]:
     """(config, params) of one attention layer in a `.keras` or `.weights.h5` file.
 
@@ -91,15 +93,24 @@ def load_keras_file(
             `.weights.h5` file, infers it: num_heads, key_dim, value_dim, use_bias, output_shape,
             use_gate, num_kv_heads and param_dtype follow from the shapes. **Nothing tells** of
             `attention_axes` and `sliding_window`, which change the numbers, nor of dropout,
-            initializers, regularizers, constraints and seed: these get their defaults.
+            initializers, regularizers, constraints and seed: these get their defaults. None is
+            refused for another class: one that config.json describes or the file shows, by its
+            group's name in a list of layers, or by parts that Keras's own has not (a rotary
+            embedding, norms), as KerasHub's Llama, Qwen 3, Gemma and gpt-oss. Its config tells
+            what the file cannot: position, window, norms, sinks. A class derived from Keras's
+            that holds nothing more, as an attribute, cannot be told from it: pass its config.
+        kernel_axes: of query, key, value and gate: "DNH" as in Keras, "NDH" as in KerasHub's
+            Gemma. None: as the sizes tell.
 
     Returns:
-        The config, and the parameters bit for bit.
+        The config, and the parameters bit for bit. The scales of KerasHub's Qwen 3 come with
+        `qk_norm="rms"`, the sinks of its gpt-oss with `use_sinks=True`.
 
     Raises:
         ValueError: no such layer or several, with a list of the file's attention layers; a config
-            that does not fit; an archive whose config.json does not describe the layer (it
-            belongs to a custom class); a damaged or hostile file.
+            that does not fit, or is needed, with what the shapes tell; an array that lies with the
+            layer and has no place in the config; kernels whose axes the sizes do not tell; a
+            damaged or hostile file.
         ImportError: h5py is not installed.
 
     Example:
@@ -117,9 +128,11 @@ def load_keras_file(
         found = attention_layer(layer, model)
         check_ordinary(found)
         config = config_of(found, model) if config is None else config
-        structs = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, (_, x) in found.arrays.items()}
+        places = placed(found, config, kernel_axes, is_keras_s(found, model))
+        dtypes = {place: array.stored.dtype for place, array in places.items()}
+        structs = {k: jax.ShapeDtypeStruct(x.shape, dtypes[k]) for k, x in places.items()}
         check(tree_of(structs), config)  # before anything is read
-        arrays = {place: read_array(*stored) for place, stored in found.arrays.items()}
+        arrays = {place: array.read() for place, array in places.items()}
     return config, params_from(arrays, config)
 
 
@@ -161,6 +174,8 @@ def save_keras_weights(
     path: PathLike,
     layers: Mapping[str, tuple[MultiHeadAttentionConfig, ParamsLike]],
     like: PathLike | None = None,
+    *,
+    kernel_axes: str | None = None,
 ) -> None:
     """Writes attention layers to a file that Keras loads.
 
@@ -172,11 +187,14 @@ def save_keras_weights(
             these layers alone, by their paths in the file: the layers of a functional or
             sequential model are `layers/multi_head_attention`, `layers/multi_head_attention_1`
             and so on in the model's order, whatever their names;
-            `layers/grouped_query_attention` where `num_kv_heads` is set.
+            `layers/grouped_query_attention` where `num_kv_heads` is set. A bias that `use_bias`
+            does not name is written as zeros, which is exact: Keras's layer has all or none.
+        kernel_axes: of the layers in `like`, as in `load_keras_file`.
 
     Raises:
-        ValueError: parameters that do not fit their config or the layer in `like`, an unknown
-            layer, a file name with another ending, a damaged or hostile `like`.
+        ValueError: parameters that do not fit their config or the layer in `like`, or, without
+            `like`, that Keras's layer lacks (norms, sinks); an unknown layer, a file name with
+            another ending, a damaged or hostile `like`.
         ImportError: h5py is not installed.
 
     Differs from Keras: (1) with `like` the archive's config.json stays as it is, so a changed
@@ -197,4 +215,4 @@ def save_keras_weights(
     if like is None:
         write_new(pathlib.Path(path), arrays)
     else:
-        write_copy(pathlib.Path(path), arrays, like)
+        write_copy(pathlib.Path(path), arrays, like, kernel_axes)

@@ -1,24 +1,13 @@
-"""Which groups of a Keras file are attention layers, how they are called, and their configs."""
+"""Which groups of a Keras file are attention layers, what lies in them, and their names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Shape
 from flax_mha.interop.keras.archive import KerasFile
-from flax_mha.interop.keras.config import (
-    GQA,
-    MHA,
-    described_layers,
-    entry_by_name,
-    kind,
-    name_of,
-    nearest,
-)
+from flax_mha.interop.keras.config import GQA, MHA, described_layers, name_of
 from flax_mha.interop.keras.tree import Stored, Tree, checked_tree
 
 _DENSE = ("query_dense", "key_dense", "_gate_dense", "value_dense", "output_dense")
@@ -28,20 +17,30 @@ GROUPS = {
     GQA: dict(zip(_PROJECTIONS, ("_" + name.lstrip("_") for name in _DENSE))),
 }
 LEAVES = {"0": "kernel", "1": "bias"}
+# Keras's own layers hold nothing else; neither part has numbers that a call depends on.
+_WEIGHTLESS = {"vars", "_softmax", "_dropout_layer"}
+CLASS_IN_PATH = r"(multi_head|grouped_query)_attention(_\d+)?"
 
 
 class Layer(NamedTuple):
-    """One attention layer in a file; `arrays` by (projection, leaf), not read yet."""
+    """One attention layer in a file.
+
+    `arrays` by (projection, leaf) and, by their path below the layer's, the `others` that lie with
+    them, not read yet; `foreign` are the parts that neither of Keras's own classes has.
+    """
 
     path: str
     name: str | None
     class_name: str
     arrays: dict[tuple[str, str], tuple[str, Stored]]
+    others: dict[str, tuple[str, Stored]]
+    foreign: set[str]
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Shapes by `query/kernel` and so on, in Keras's order."""
-        return {"/".join(place): stored.shape for place, (_, stored) in self.arrays.items()}
+        """Shapes by `query/kernel` and so on, in Keras's order; then of what lies beside."""
+        shapes = {"/".join(place): stored.shape for place, (_, stored) in self.arrays.items()}
+        return shapes | {name: stored.shape for name, (_, stored) in self.others.items()}
 
 
 class Contents(NamedTuple):
@@ -76,8 +75,32 @@ def _attention_layers(tree: Tree, names: Mapping[str, str]) -> dict[str, Layer]:
             parts = {name: f"{path}/{part}/vars" for name, part in GROUPS[class_name].items()}
             if all("0" in indices.get(parts[name], ()) for name in parts if name != "gate"):
                 arrays = _arrays(tree, parts, indices)
-                found[path] = Layer(path, full_name(path, names), class_name, arrays)
+                found[path] = Layer(path, full_name(path, names), class_name, arrays, {}, set())
+    _note_what_lies_with(tree, found)
     return found
+
+
+def _note_what_lies_with(tree: Tree, layers: Mapping[str, Layer]) -> None:
+    """Fills in `others` and `foreign` of every layer, in one pass over the file."""
+    for group in tree.groups:
+        for layer, part in _above(group, layers):
+            part = part.partition("/")[0]
+            if part not in {*_WEIGHTLESS, *GROUPS[layer.class_name].values()}:
+                layer.foreign.add(part)
+    for path, stored in tree.arrays.items():
+        for layer, part in _above(path, layers):
+            known = path in [name for name, _ in layer.arrays.values()]
+            if not known and "seed_generator" not in part.split("/"):  # random numbers' states
+                layer.others[part] = (path, stored)
+
+
+def _above(path: str, layers: Mapping[str, Layer]) -> Iterator[tuple[Layer, str]]:
+    """The layers in whose groups the path lies, and what it is called below each."""
+    parts = path.split("/")
+    for n in range(1, len(parts)):
+        above = "/".join(parts[:n])
+        if above in layers:
+            yield layers[above], "/".join(parts[n:])
 
 
 def _arrays(
@@ -92,15 +115,6 @@ def _arrays(
         for projection, group in parts.items()
         for index in indices.get(group, ())
     }
-
-
-def check_ordinary(layer: Layer) -> None:
-    """Every projection has floats for a kernel, and maybe a bias: no scales, no adapters."""
-    for (projection, leaf), (path, stored) in layer.arrays.items():
-        if leaf not in LEAVES.values() or not jnp.issubdtype(stored.dtype, jnp.floating):
-            rule = f"{projection!r} of {layer.path!r} must be a kernel and maybe a bias, of floats."
-            remedy = "Is it quantized? Save the model before it is."
-            checks.fail(ValueError, rule, f"{path!r} of dtype {stored.dtype}", remedy)
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -170,90 +184,3 @@ def groups_of(tree: Tree) -> set[str]:
         while (path := path.rpartition("/")[0]) and path not in groups:
             groups.add(path)
     return groups
-
-
-# --- configs ------------------------------------------------------------------------------------
-
-
-def config_of(layer: Layer, model: Contents) -> MultiHeadAttentionConfig:
-    """config.json's; of weights alone what the shapes tell."""
-    inferred = inferred_config(layer)
-    if "" not in model.described:
-        return inferred
-    told = {name: value for name, value in inferred.to_dict().items() if value != _DEFAULTS[name]}
-    remedy = f"Pass `config=`: the shapes tell MultiHeadAttentionConfig(**{told})."
-    entry = entry_of(layer, model)
-    if entry is None:
-        rule = "config.json must describe the layer as one of Keras's own."
-        evidence = f"nothing about {layer.path!r} ({layer.name!r}), which a custom class may hold"
-        checks.fail(ValueError, rule, evidence, remedy)
-    try:
-        return config_from_fields(layer.class_name, entry["config"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        rule = f"config.json's description of {layer.path!r} must be one that can be used here."
-        checks.fail(ValueError, rule, f"{type(error).__name__}: {error}".rstrip("."), remedy)
-
-
-_DEFAULTS = MultiHeadAttentionConfig(num_heads=1, key_dim=1).to_dict()
-
-
-def entry_of(layer: Layer, model: Contents) -> Mapping[str, Any] | None:
-    """The layer's entry in config.json; None where it has none that is surely its own.
-
-    A layer that is an attribute of a custom class has no place in a list of layers. It is then
-    known by its name, if that is unique in the entry of the described layer that holds it.
-    """
-    named, described = model.tree.names, model.described
-    entry, name = described.get(layer.path), named.get(layer.path)
-    if entry is not None and name in (None, name_of(entry)):
-        return entry if kind(entry) == layer.class_name else None
-    if name is None:
-        return None
-    above = nearest(layer.path, described)
-    rivals = [p for p in model.attention if named.get(p) == name and p not in described]
-    if [path for path in rivals if nearest(path, described) == above] != [layer.path]:
-        return None
-    return entry_by_name(described[above], name, layer.class_name)
-
-
-def config_from_fields(class_name: str, fields: Mapping[str, Any]) -> MultiHeadAttentionConfig:
-    """From `get_config()` of either layer."""
-    if class_name == GQA:
-        fields = _grouped(fields)
-    return MultiHeadAttentionConfig.from_keras_config(fields)
-
-
-def _grouped(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if fields.get("activity_regularizer") is not None:
-        rule = (
-            f"{GQA} counts the `activity_regularizer` of its output twice, which is not done here."
-        )
-        remedy = "Pass a config of your own, with the regularizer that you want."
-        checks.fail(ValueError, rule, repr(fields["activity_regularizer"]), remedy)
-    theirs = {"head_dim": "key_dim", "num_query_heads": "num_heads"}
-    theirs["num_key_value_heads"] = "num_kv_heads"
-    return {theirs.get(name, name): value for name, value in fields.items()}
-
-
-def inferred_config(layer: Layer) -> MultiHeadAttentionConfig:
-    """All that shapes tell: sizes, biases, gate, output shape, parameters' dtype."""
-    query, key, value, output = (
-        layer.arrays[name, "kernel"][1] for name in ("query", "key", "value", "attention_output")
-    )
-    if not (len(query.shape) == len(key.shape) == len(value.shape) == 3 <= len(output.shape)):
-        rule = (
-            "The kernels must be query [D, N, H], key [C, K, H], value [M, K, V], output [N, V, E]."
-        )
-        checks.fail(ValueError, rule, f"{layer.shapes} at {layer.path!r}")
-    D, N, H = query.shape
-    E = output.shape[2:]
-    return MultiHeadAttentionConfig(
-        num_heads=N,
-        key_dim=H,
-        value_dim=None if value.shape[2] == H else value.shape[2],
-        use_bias=("query", "bias") in layer.arrays,
-        output_shape=None if E == (D,) else E,
-        use_gate=("gate", "kernel") in layer.arrays,
-        num_kv_heads=key.shape[1] if layer.class_name == GQA or key.shape[1] != N else None,
-        param_dtype=query.dtype,
-    )

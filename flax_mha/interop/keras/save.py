@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,12 @@ from flax_mha.interop.keras.archive import (
     open_archive,
     open_keras_file,
 )
-from flax_mha.interop.keras.layers import (
-    GQA,
-    GROUPS,
-    LEAVES,
-    MHA,
-    Layer,
-    attention_layer,
-    contents,
-)
+from flax_mha.interop.keras.config import GQA, MHA
+from flax_mha.interop.keras.layer_config import is_keras_s
+from flax_mha.interop.keras.layers import GROUPS, LEAVES, attention_layer, contents
+from flax_mha.interop.keras.places import Place, placed
 from flax_mha.interop.keras.tree import BFLOAT16
+from flax_mha.interop.layout import zero_bias
 
 Arrays = Mapping[tuple[str, str], np.ndarray]
 Path = pathlib.Path
@@ -46,7 +42,7 @@ def write_new(path: Path, layers: Mapping[str, tuple[MultiHeadAttentionConfig, A
     with _replacing(path) as target, h5py.File(target, "w") as h5:
         for group, (config, arrays) in layers.items():
             parts = GROUPS[_class_of(config)]
-            for (projection, leaf), values in arrays.items():
+            for (projection, leaf), values in _with_all_biases(arrays, config).items():
                 vars_group = h5.require_group(f"{group}/{parts[projection]}/vars")
                 dataset = vars_group.create_dataset(indices[leaf], data=_raw(values))
                 if values.dtype == BFLOAT16:
@@ -57,6 +53,7 @@ def write_copy(
     path: Path,
     layers: Mapping[str, tuple[MultiHeadAttentionConfig, Arrays]],
     like: str | os.PathLike[str],
+    kernel_axes: str | None,
 ) -> None:
     """A copy of `like`, in which nothing differs but these layers' numbers."""
     with open_keras_file(like) as file:
@@ -64,8 +61,12 @@ def write_copy(
         _ends_in(path, ".keras" if is_archive else ".weights.h5")
         model = contents(file)
         replaced: dict[str, np.ndarray] = {}
-        for name, (_, arrays) in layers.items():
-            replaced |= _replacements(attention_layer(name, model), arrays, replaced)
+        for name, (config, arrays) in layers.items():
+            layer = attention_layer(name, model)
+            places = placed(layer, config, kernel_axes, is_keras_s(layer, model))
+            has_biases = all(place in places for place in _biases(config.projections))
+            given = _with_all_biases(arrays, config) if has_biases else arrays
+            replaced |= _replacements(layer.path, places, given, replaced)
     if is_archive:
         _patch_archive(path, replaced, like)
         return
@@ -99,19 +100,29 @@ def _patch(target: Path, replaced: Mapping[str, np.ndarray]) -> None:
 
 
 def _replacements(
-    layer: Layer, arrays: Arrays, replaced: Mapping[str, Any]
+    layer: str, places: Mapping[tuple[str, str], Place], arrays: Arrays, replaced: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The layer's new numbers by path in the file, if each is of the shape and dtype there."""
-    places = {place: (stored.shape, stored.dtype) for place, (_, stored) in layer.arrays.items()}
+    there = {place: (x.shape, x.stored.dtype) for place, x in places.items()}
     given = {place: (values.shape, values.dtype) for place, values in arrays.items()}
-    if places != given:
-        rule = f"The layer {layer.path!r} must keep its arrays: {_spelled(places)}."
+    if there != given:
+        rule = f"The layer {layer!r} must keep its arrays: {_spelled(there)}."
         checks.fail(ValueError, rule, _spelled(given), "Cast or choose the layer accordingly.")
-    paths = {path: arrays[place] for place, (path, _) in layer.arrays.items()}
+    paths = {x.path: x.turned(arrays[place]) for place, x in places.items()}
     if set(paths) & set(replaced):
         rule = "Every layer must be given once."
-        checks.fail(ValueError, rule, f"two values for {layer.path!r}")
+        checks.fail(ValueError, rule, f"two values for {layer!r}")
     return paths
+
+
+def _biases(projections: Iterable[str]) -> list[tuple[str, str]]:
+    return [(projection, "bias") for projection in projections]
+
+
+def _with_all_biases(arrays: Arrays, config: MultiHeadAttentionConfig) -> Arrays:
+    """Zeros where a layer with some biases has none: Keras's own has all of them or none."""
+    absent = _biases(set(config.projections) - set(config.biases)) if config.biases else []
+    return {**arrays, **{p: zero_bias(p[0], arrays[p[0], "kernel"]) for p in absent}}
 
 
 def _spelled(arrays: Mapping[tuple[str, str], tuple[Any, Any]]) -> str:
@@ -133,6 +144,11 @@ def _writable(group: str, config: MultiHeadAttentionConfig) -> None:
     extra = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if extra.get("value_dim") == config.key_dim:
         del extra["value_dim"]
+    lacking = {"qk_norm": config.qk_norm == "rms", "use_sinks": config.use_sinks}
+    if any(lacking.values()):
+        rule = f"Keras's layer {group!r} has no place for {[n for n in lacking if lacking[n]]}."
+        remedy = "Write into a copy of KerasHub's file: `like=`."
+        checks.fail(ValueError, rule, f"qk_norm={config.qk_norm!r}", remedy)
     if _class_of(config) == GQA and extra:
         rule = f"With `num_kv_heads` set, {group!r} is a {GQA}, which lacks {list(extra)}."
         checks.fail(ValueError, rule, f"{extra}")

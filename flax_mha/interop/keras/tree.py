@@ -28,10 +28,14 @@ class Stored(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """`arrays` by path, in order of path; the user's `names` of layers by their group's path."""
+    """`arrays` by path, in order of path; the user's `names` of layers by their group's path.
+
+    `groups` are the paths of all groups, those without an array too.
+    """
 
     arrays: dict[str, Stored]
     names: dict[str, str]
+    groups: frozenset[str]
 
 
 def checked_tree(file: KerasFile) -> Tree:
@@ -39,6 +43,7 @@ def checked_tree(file: KerasFile) -> Tree:
     h5py = import_h5py()
     arrays: dict[str, Stored] = {}
     names: dict[str, str] = {}
+    groups: set[str] = set()
     seen: set[Any] = set()
     pending: list[tuple[str, Any]] = [("", file.h5)]
     while pending:
@@ -47,11 +52,13 @@ def checked_tree(file: KerasFile) -> Tree:
         if isinstance(item, h5py.Dataset):
             arrays[path] = _stored(h5py, path, item)
             continue
+        groups.add(path)
         if path.rpartition("/")[2] == "vars" and (name := _text(h5py, path, item, "name")):
             names[path.removesuffix("vars").removesuffix("/")] = name
         pending += _children(h5py, path, item)
     _no_more_than_the_file(arrays, file.size)
-    return Tree({path: arrays[path] for path in sorted(arrays, key=_natural)}, names)
+    ordered = {path: arrays[path] for path in sorted(arrays, key=_natural)}
+    return Tree(ordered, names, frozenset(groups))
 
 
 def read_array(path: str, stored: Stored) -> np.ndarray:

@@ -10,7 +10,7 @@ from flax_mha.core import checks
 from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.keras.arrays import check, params_from, places_of
 from flax_mha.interop.keras.config import CLASSES
-from flax_mha.interop.keras.layers import config_from_fields
+from flax_mha.interop.keras.layer_config import config_from_fields
 
 
 def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig) -> Params:
@@ -18,8 +18,11 @@ def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig)
 
     Args:
         weights: arrays in Keras's order: query, key, [gate,] value, attention_output; of each the
-            kernel and, with `use_bias`, the bias. The gate stands between key and value.
-        config: the layer; `num_kv_heads` is set for a `GroupQueryAttention`.
+            kernel and, with `use_bias`, the bias. The gate stands between key and value. What
+            Keras's layer lacks stands as in KerasHub's: the norms' scales (`qk_norm="rms"`) behind
+            query and key as in Qwen 3, the sinks (`use_sinks`) first as in gpt-oss.
+        config: the layer; `num_kv_heads` is set for a `GroupQueryAttention`. A list has no names:
+            kernels `[N, D, H]`, as of KerasHub's Gemma, are to be transposed to `[D, N, H]` first.
 
     Returns:
         The tree of `param_shapes`, bit for bit the same numbers and dtypes.
@@ -42,7 +45,8 @@ def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig)
         rule = f"`weights` must be {len(places)} arrays: {['/'.join(place) for place in places]}."
         evidence = f"{len(weights)} arrays of shapes {[np.shape(array) for array in weights]}"
         remedy = (
-            "Do `use_bias`, `use_gate` agree? Is it quantized, or are adapters (LoRA) not merged?"
+            "Do `use_bias`, `use_gate`, `qk_norm`, `use_sinks` agree? Is it quantized, or are "
+            "adapters (LoRA) not merged?"
         )
         checks.fail(ValueError, rule, evidence, remedy)
     return params_from({place: np.asarray(array) for place, array in zip(places, weights)}, config)
@@ -56,10 +60,12 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
         config: the layer.
 
     Returns:
-        NumPy arrays in Keras's order.
+        NumPy arrays in the order of `from_keras_weights`, and no others: where `use_bias` names
+        projections, the rest have no bias, as in KerasHub's Whisper. Keras's own layer has all
+        biases or none: give it zeros.
 
     Raises:
-        ValueError: parameters that do not fit the config.
+        ValueError: parameters that do not fit the config; a table of distances.
 
     Example:
         >>> import jax, flax_mha

@@ -12,7 +12,7 @@ from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.layout import Entry, from_table, to_table
 from flax_mha.interop.torch.arrays import as_numpy, writable
 from flax_mha.interop.torch.models import Layout
-from flax_mha.params import check_params
+from flax_mha.params import check_params, places
 
 PARTS = ("query", "key", "value")
 
@@ -24,7 +24,14 @@ def from_layout(
     layout: Layout, state: Any, config: MultiHeadAttentionConfig, prefix: str
 ) -> Params:
     """The parameter tree; every array that belongs to the layer is used, or refused by name."""
-    table = _rows(layout, config)
+    if not isinstance(state, Mapping):
+        remedy = "Pass `module.state_dict()`, or what `load_safetensors` returns."
+        checks.fail(TypeError, "`state` must be a mapping.", f"{type(state).__name__}", remedy)
+    table = [
+        entry
+        for entry in _rows(layout, config)
+        if entry.place in places(config) or prefix + _array_of(entry) in state
+    ]
     arrays = _selected(layout, table, state, prefix)
     for name, axis in layout.packed.items():
         if name in arrays:
@@ -43,19 +50,24 @@ def _rows(layout: Layout, config: MultiHeadAttentionConfig) -> list[Entry]:
     if config.output_shape is not None and len(config.output_shape) > 1:
         rule = "Such a layer has one axis of output features."
         checks.fail(ValueError, rule, f"output_shape={config.output_shape}")
-    return [entry for entry in layout.table if config.use_bias or entry.place[1] == "kernel"]
+    there = places(config)
+    if layout.whole_biases and config.biases:
+        there |= {(projection, "bias") for projection in config.projections}
+    return [entry for entry in layout.table if entry.place in there]
+
+
+def _array_of(entry: Entry) -> str:
+    """The array's name in the state; a packed one holds several parts."""
+    return (entry.name or "").partition("[")[0]
 
 
 def _selected(
-    layout: Layout, table: Sequence[Entry], state: Any, prefix: str
+    layout: Layout, table: Sequence[Entry], state: Mapping[str, Any], prefix: str
 ) -> dict[str, np.ndarray]:
     """The layer's own arrays by their names below the prefix; nothing else is read."""
-    if not isinstance(state, Mapping):
-        remedy = "Pass `module.state_dict()`, or what `load_safetensors` returns."
-        checks.fail(TypeError, "`state` must be a mapping.", f"{type(state).__name__}", remedy)
     expected = _their_names(table)
     below = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
-    own = [n for n in below if n.startswith(layout.owns) and n not in layout.foreign]
+    own = [n for n in below if n.startswith(layout.owns) and not _is_foreign(n, layout)]
     for name in sorted(set(own) & set(layout.refused)):
         checks.fail(
             ValueError, f"`{name}` is not supported: {layout.refused[name]}.", prefix + name
@@ -65,13 +77,21 @@ def _selected(
     if missing or unknown:
         rule = f"The layer's arrays under prefix={prefix!r} must be {expected}."
         evidence = f"missing {_few(missing)}, unknown {_few(unknown)}"
-        checks.fail(ValueError, rule, evidence, _hint(expected, state, prefix))
+        hints = sorted(
+            {hint for x, hint in layout.hints.items() if unknown and x in ("", *unknown)}
+        )
+        remedy = " ".join([_hint(expected, state, prefix), *hints])
+        checks.fail(ValueError, rule, evidence, remedy)
     return {name: as_numpy(prefix + name, state[prefix + name]) for name in expected}
+
+
+def _is_foreign(name: str, layout: Layout) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in layout.foreign)
 
 
 def _their_names(table: Sequence[Entry]) -> list[str]:
     """The names of the table, each packed array once."""
-    return list(dict.fromkeys(e.name.partition("[")[0] for e in table if e.name is not None))
+    return list(dict.fromkeys(_array_of(entry) for entry in table if entry.name is not None))
 
 
 def _few(names: Sequence[str]) -> str:
@@ -86,7 +106,7 @@ def _hint(expected: Sequence[str], state: Mapping[str, Any], prefix: str) -> str
     found = [name.removesuffix(first) for name in state if name.endswith(first)]
     if found and prefix not in found:
         return f"Such layers stand under {_few(found)}: pass one as `prefix`."
-    return "Do the layout, and `use_bias` and `use_gate` of the config, fit this model?"
+    return "Do the layout, and `use_bias`, `use_gate`, `qk_norm` of the config, fit this model?"
 
 
 def _lengths(config: MultiHeadAttentionConfig) -> dict[str, int]:

@@ -56,7 +56,7 @@ def mask_from_torch(
         key_bias = key_bias[:, None, None] if batched else key_bias[None, None]
         bias = key_bias if bias is None else np.add(*_fitting(bias, key_bias))
     arrays = {"attention_mask": attend, "value_mask": real, "bias": bias}
-    return {name: None if a is None else jnp.asarray(a) for name, a in arrays.items()}
+    return {name: None if a is None else jnp.array(a) for name, a in arrays.items()}
 
 
 def mask_to_torch(

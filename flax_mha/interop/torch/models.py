@@ -14,22 +14,31 @@ class Layout(NamedTuple):
     """One layer's arrays below its prefix.
 
     Attributes:
-        table: an entry for each array; rows of biases count only where the config has biases.
+        table: an entry for each array; a row counts only where the config has its place.
         owns: the beginnings of names that belong to the layer: all such arrays must be used.
-        foreign: names among them that hold no weights of the layer.
+        foreign: names among them, of arrays or of modules, that hold no weights of the layer.
         refused: names among them that change what the layer computes, with the reason.
+        hints: what to do about names among them that have no place in the config; "" of any.
         packed: arrays that hold query, key and value, and along which axis.
         equal: products of sizes that are equal in such a model, in axis letters.
+        whole_biases: whether such a layer has all biases or none: then one that the config lacks
+            leaves as zeros, and comes in only if it is zero.
     """
 
     table: tuple[Entry, ...]
     owns: tuple[str, ...]
     foreign: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
+    hints: Mapping[str, str] = {}
     packed: Mapping[str, int] = {}
     equal: tuple[str, ...] = ()
+    whole_biases: bool = False
 
 
+_NORMS = (
+    "Are they the scales w of a norm of each head, as in Qwen 3, and not w - 1, as in Gemma 3? "
+    "Then pass layout='qwen3' and a config with qk_norm='rms'."
+)
 _LEARNED_KEY = "add_bias_kv=True appends a learned key and value to every sequence"
 
 _TORCH_BIASES_AND_OUTPUT = (
@@ -52,6 +61,7 @@ SEPARATE = Layout(
     refused={"bias_k": _LEARNED_KEY, "bias_v": _LEARNED_KEY},
     packed={"in_proj_bias": 0},
     equal=("K=N", "V=H", "NH=D", "D=E"),
+    whole_biases=True,
 )
 
 # torch.nn.MultiheadAttention where query, key and value have the same features.
@@ -85,7 +95,8 @@ BERT = Layout(
     equal=("K=N", "V=H", "C=D", "M=D", "D=E"),
 )
 
-# Llama, Mistral: below "model.layers.0."; grouped heads; with biases where `attention_bias` is set.
+# Llama, Mistral: below "model.layers.0."; grouped heads; with biases where `attention_bias` is set,
+# with sinks in gpt-oss.
 LLAMA = Layout(
     table=(
         Entry(("query", "kernel"), "self_attn.q_proj.weight", "(N H) D"),
@@ -95,16 +106,31 @@ LLAMA = Layout(
         Entry(("value", "kernel"), "self_attn.v_proj.weight", "(K V) M"),
         Entry(("value", "bias"), "self_attn.v_proj.bias", "(K V)"),
         Entry(("attention_output", "kernel"), "self_attn.o_proj.weight", "E (N V)"),
+        Entry(("sinks", "logits"), "self_attn.sinks", "N"),
         Entry(("attention_output", "bias"), "self_attn.o_proj.bias", "E"),
     ),
     owns=("self_attn.",),
     foreign=("self_attn.rotary_emb.inv_freq",),
+    hints={
+        "self_attn.q_norm.weight": _NORMS,
+        "self_attn.k_norm.weight": _NORMS,
+        "self_attn.sinks": "Pass a config with `use_sinks=True`.",
+    },
     equal=("V=H", "C=D", "M=D", "D=E"),
 )
 
 # Qwen2: Llama with biases in query, key and value alone.
 QWEN2 = LLAMA._replace(
     table=(*LLAMA.table[:-1], Entry(("attention_output", "bias"), None)),
+)
+
+# Qwen3: Llama with a norm of each head of query and key, whose scales are kept as they are.
+QWEN3 = LLAMA._replace(
+    table=(
+        *LLAMA.table,
+        Entry(("query_norm", "scale"), "self_attn.q_norm.weight", "H"),
+        Entry(("key_norm", "scale"), "self_attn.k_norm.weight", "H"),
+    ),
 )
 
 # GPT-2: below "h.0."; Conv1D keeps [in, out] where Linear keeps [out, in]; the two foreign arrays
@@ -124,9 +150,10 @@ GPT2 = Layout(
     foreign=("attn.bias", "attn.masked_bias"),
     packed={"attn.c_attn.weight": 1, "attn.c_attn.bias": 0},
     equal=("K=N", "V=H", "NH=D", "C=D", "M=D", "D=E"),
+    whole_biases=True,
 )
 
-MODELS = {"bert": BERT, "llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2}
+MODELS = {"bert": BERT, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "gpt2": GPT2}
 
 _LINEAR = {
     "query": {"kernel": "(N H) D", "bias": "(N H)"},
@@ -137,13 +164,40 @@ _LINEAR = {
 }
 
 
-def linear_layers(names: Mapping[str, str], without_bias: Sequence[str]) -> Layout:
-    """The layout of separate `Linear` layers that stand under these names."""
+_BESIDE = (
+    "What a call needs is named in `names`, where the config has its place (`qk_norm`, `position`, "
+    "`use_sinks`); what is not the attention's, in `ignore`."
+)
+# What only some layers have: the `weight` of a module, or an array of that name.
+EXTRAS = {
+    "query_norm": Entry(("query_norm", "scale"), ".weight", "H"),
+    "key_norm": Entry(("key_norm", "scale"), ".weight", "H"),
+    "relative_bias": Entry(("relative_bias", "embedding"), ".weight", "X N"),
+    "sinks": Entry(("sinks", "logits"), "", "N"),
+}
+
+
+def linear_layers(
+    names: Mapping[str, str], without_bias: Sequence[str], ignore: Sequence[str]
+) -> Layout:
+    """The layout of separate `Linear` layers that stand under these names, and of their extras.
+
+    All that stands beside the Linears of query, key, value and gate, in one module with them, is
+    the layer's; behind the output's there may be a norm of the block.
+    """
     table: list[Entry] = []
     for projection, layer in names.items():
+        if projection in EXTRAS:
+            place, end, axes = EXTRAS[projection]
+            table.append(Entry(place, f"{layer}{end}", axes))
+            continue
         bias = None if projection in without_bias else f"{layer}.bias"
         table.append(
             Entry((projection, "kernel"), f"{layer}.weight", _LINEAR[projection]["kernel"])
         )
         table.append(Entry((projection, "bias"), bias, _LINEAR[projection]["bias"]))
-    return Layout(tuple(table), owns=tuple(f"{layer}." for layer in names.values()))
+    inputs = [layer for projection, layer in names.items() if projection != "attention_output"]
+    beside = {layer.rpartition(".")[0] for layer in inputs}
+    owns = [f"{module}." if module else "" for module in sorted(beside)]
+    owns += [f"{layer}." for layer in names.values()]
+    return Layout(tuple(table), owns=tuple(owns), foreign=tuple(ignore), hints={"": _BESIDE})

@@ -9,7 +9,8 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.torch.layouts import PARTS, from_layout, to_layout
-from flax_mha.interop.torch.models import MODELS, PACKED, SEPARATE, Layout, linear_layers
+from flax_mha.interop.torch.models import EXTRAS, MODELS, PACKED, SEPARATE, Layout, linear_layers
+from flax_mha.params import places
 
 LAYOUTS = ("torch", *MODELS)
 
@@ -27,12 +28,16 @@ def from_torch_state_dict(
         state: arrays by name: NumPy's, torch's, or whatever `np.asarray` takes. A whole model's
             will do: only the layer's own arrays are read.
         config: the layer. Its heads must be the model's: weights do not tell 4 heads of 8 from 8
-            of 4. `use_bias` says whether there are biases; dtypes stay those of the arrays.
+            of 4. `use_bias` says which biases there are: one that it has and the model lacks is
+            made of zeros, and after training has no place there; so name those of the model.
+            Dtypes stay those of the arrays.
         layout: how the arrays are named and laid out, one of `LAYOUTS`:
             "torch"   `torch.nn.MultiheadAttention`, packed or with kdim and vdim
             "bert"    `attention.self.query.weight` and so on; RoBERTa and ELECTRA too
-            "llama"   `self_attn.q_proj.weight` and so on, grouped heads; Mistral too
-            "qwen2"   as "llama", with biases in query, key and value alone
+            "llama"   `self_attn.q_proj.weight` and so on, grouped heads; Mistral too, and with
+                      `use_sinks` gpt-oss
+            "qwen2"   as "llama", `use_bias=("query", "key", "value")`
+            "qwen3"   as "llama", with the scales of `qk_norm="rms"`
             "gpt2"    `attn.c_attn.weight`, transposed and packed (Conv1D)
         prefix: what stands before these names, such as "encoder.layer.0.".
 
@@ -108,6 +113,7 @@ def from_linear_layers(
     *,
     names: Mapping[str, str],
     without_bias: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     prefix: str = "",
 ) -> Params:
     """The parameters of a layer that keeps each projection in a `Linear` of its own.
@@ -116,8 +122,13 @@ def from_linear_layers(
         state: arrays by name, as in `from_torch_state_dict`.
         config: the layer.
         names: the name of each Linear: `{"query": "q_lin", "key": ..., "value": ...,
-            "attention_output": ...}`, and "gate" where the config has one.
-        without_bias: the projections that have no bias though others do; theirs are zeros.
+            "attention_output": ...}`, and "gate" where the config has one. Where the config has
+            them, also "query_norm" and "key_norm", modules whose `weight` is the scale itself (not
+            w - 1, as in Gemma 3), "relative_bias", an Embedding, and "sinks", an array.
+        without_bias: the projections that have no bias though the config has one; theirs are
+            zeros. A config whose `use_bias` names the others has none, and can be trained.
+        ignore: names of modules or arrays beside the Linears that are not of the attention, such
+            as a norm of the block.
         prefix: what stands before these names.
 
     Returns:
@@ -125,7 +136,8 @@ def from_linear_layers(
 
     Raises:
         ValueError: as `from_torch_state_dict`. Whatever else stands under a Linear's name (an
-            adapter, a scale) is refused; what stands beside it is not looked at.
+            adapter, a scale), or beside the Linears of query, key, value and gate in their module
+            (a norm, a table of distances, sinks), is refused by name.
 
     Example:
         >>> import numpy as np
@@ -134,12 +146,13 @@ def from_linear_layers(
         >>> names = {"query": "q", "key": "k", "value": "v", "attention_output": "out_lin"}
         >>> state = {f"{name}.weight": np.ones((8, 8), "float32") for name in names.values()}
         >>> state |= {f"{name}.bias": np.ones(8, "float32") for name in ("q", "v", "out_lin")}
-        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4)
-        >>> params = from_linear_layers(state, config, names=names, without_bias=["key"])
-        >>> float(params["key"]["bias"].sum())
-        0.0
+        >>> biases = ("query", "value", "attention_output")  # a Whisper's
+        >>> config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, use_bias=biases)
+        >>> params = from_linear_layers(state, config, names=names)
+        >>> list(params["key"]), list(params["value"])
+        (['kernel'], ['kernel', 'bias'])
     """
-    return from_layout(_linear(names, without_bias, config), state, config, prefix)
+    return from_layout(_linear(names, without_bias, ignore, config), state, config, prefix)
 
 
 def to_linear_layers(
@@ -175,7 +188,7 @@ def to_linear_layers(
         >>> sorted(to_linear_layers(params, config, names=names))
         ['k.weight', 'o.weight', 'q.weight', 'v.weight']
     """
-    return to_layout(_linear(names, without_bias, config), params, config, prefix)
+    return to_layout(_linear(names, without_bias, (), config), params, config, prefix)
 
 
 def from_torch_module(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
@@ -212,13 +225,15 @@ def from_torch_module(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
     if module.add_zero_attn:
         rule = "`add_zero_attn=True` is not supported: it appends a zero key to every sequence."
         checks.fail(ValueError, rule, "add_zero_attn=True")
+    state = module.state_dict()
+    output = ("attention_output",) if "out_proj.bias" in state else ()
     config = MultiHeadAttentionConfig(
         num_heads=module.num_heads,
         key_dim=module.embed_dim // module.num_heads,
         dropout=module.dropout,
-        use_bias=module.in_proj_bias is not None,
+        use_bias=(*(() if module.in_proj_bias is None else PARTS), *output),
     )
-    params = from_torch_state_dict(module.state_dict(), config)
+    params = from_torch_state_dict(state, config)
     dtype = params["attention_output"]["kernel"].dtype
     return config.replace(param_dtype=dtype), params
 
@@ -230,14 +245,20 @@ def _layout(name: str, packed: bool) -> Layout:
 
 
 def _linear(
-    names: Mapping[str, str], without_bias: Sequence[str], config: MultiHeadAttentionConfig
+    names: Mapping[str, str],
+    without_bias: Sequence[str],
+    ignore: Sequence[str],
+    config: MultiHeadAttentionConfig,
 ) -> Layout:
-    expected = [*PARTS, *(["gate"] if config.use_gate else []), "attention_output"]
+    extras = [name for name, entry in EXTRAS.items() if entry.place in places(config)]
+    expected = [*PARTS, *(["gate"] if config.use_gate else []), "attention_output", *extras]
     if sorted(names) != sorted(expected):
         rule = f"`names` must name the Linear of each of {expected}."
         checks.fail(ValueError, rule, f"names of {list(names)}")
-    checks.known_names("An entry of `without_bias`", without_bias, expected)
+    checks.known_names("An entry of `without_bias`", without_bias, config.projections)
     if without_bias and not config.use_bias:
         rule = "`without_bias` names exceptions, where the config has biases."
         checks.fail(ValueError, rule, f"use_bias=False, without_bias={list(without_bias)}")
-    return linear_layers(names, without_bias)
+    if isinstance(ignore, str):
+        checks.fail(TypeError, "`ignore` must be a list of names.", f"ignore={ignore!r}")
+    return linear_layers(names, without_bias, ignore)

@@ -72,7 +72,6 @@ def test_every_argument_that_flax_has_is_named_with_its_default(function):
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"dropout_rate": 0.3, "deterministic": False}, "broadcast_dropout=False"),
         ({"qk_attn_weights_einsum_cls": lambda: jnp.einsum}, "`qk_attn_weights_einsum`"),
         ({"attn_weights_value_einsum_cls": lambda: jnp.einsum}, "`attn_weights_value_einsum`"),
     ],
@@ -94,7 +93,7 @@ DROP = {"dropout_rate": 0.3, "broadcast_dropout": False}
     [
         ({"einsum_dot_general": jax.lax.dot_general}, NotImplementedError, "`einsum_dot_general`"),
         ({"input_positions": jnp.arange(T)}, NotImplementedError, "`input_positions`.*Rotate"),
-        ({"dropout_rate": 0.3}, NotImplementedError, "equal for all examples.*broadcast_dropout=F"),
+        ({"broadcast_dropout": 1}, TypeError, "`broadcast_dropout` must be True or False"),
         (DROP, ValueError, "Dropout needs a PRNG key.*dropout_rng=jax.random.key"),
         ({**DROP, "dropout_rng": 3}, TypeError, "`dropout_key` must be one JAX PRNG key"),
         ({"dropout_rate": 2}, ValueError, r"`dropout_rate` must be a probability"),
@@ -105,6 +104,11 @@ DROP = {"dropout_rate": 0.3, "broadcast_dropout": False}
         ({"mask": jnp.full((T, S), -1e9)}, ValueError, "must hold 0 and 1 alone.*goes to `bias=`"),
         ({"mask": jnp.ones((S, T))}, ValueError, "`mask` must broadcast to.*Did you swap T and S"),
         ({"query": QUERY.astype(int), "key": KEY.astype(int)}, TypeError, "floating-point"),
+        (
+            {"query": QUERY.astype("complex64"), "key": KEY.astype("complex64")},
+            NotImplementedError,
+            "complex numbers have no order, by which a softmax.*query of dtype complex64",
+        ),
         ({"implementation": "flash"}, ValueError, "`implementation` must be one of"),
         ({"force_fp32_for_softmax": 1}, TypeError, "`force_fp32_for_softmax` must be True or"),
         (
@@ -249,6 +253,25 @@ def test_sowing_names_the_implementation_that_cannot():
         sown(ours, variables, x)
     run = functools.partial(ours.apply, sow_weights=True)
     assert jax.eval_shape(run, variables, x).shape == x.shape
+
+
+def test_flax_s_default_drops_the_same_positions_for_all():
+    """No edit of a model: `broadcast_dropout=True`, as flax has it; any number of batch axes."""
+    ours, _ = linen_pair(attention_fn, dropout_rate=0.3)
+    assert ours.broadcast_dropout
+    x = jnp.broadcast_to(normal(0, T, D), (2, 3, T, D))
+    variables = variables_of(ours, x)
+    run = functools.partial(ours.apply, variables, x, deterministic=False)
+    loud = jax.jit(lambda key: run(dropout_rng=key))(jax.random.key(1))
+    assert_close(loud, jnp.broadcast_to(loud[0, 0], loud.shape), "float32")
+
+
+def test_the_flag_decides_whose_positions_are_dropped():
+    drop = {"dropout_rate": 0.3, "dropout_rng": jax.random.key(1)}
+    attend = lambda **flag: jax.jit(lambda q, k: attention_fn(q, k, k, **drop, **flag))(QUERY, KEY)
+    shared, own = attend(), attend(broadcast_dropout=False)
+    assert_close(shared[0, :, 0], own[0, :, 0], "float32")
+    assert jnp.abs(shared[1] - own[1]).max() > 1e-2
 
 
 @pytest.mark.slow
@@ -420,8 +443,9 @@ def nnx_sown(layer, x):
 def test_nnx_refuses_what_it_cannot_honour():
     x = normal(0, B, T, D)
     layer, _ = nnx_pair(attention_fn, dropout_rate=0.3)
-    with pytest.raises(NotImplementedError, match="broadcast_dropout=False"):
-        layer(x, deterministic=False)
+    one = jnp.broadcast_to(x[:1], x.shape)
+    loud = layer(one, deterministic=False)  # flax's default: one mask for all examples
+    assert_close(loud, jnp.broadcast_to(loud[:1], loud.shape), "float32")
     if "input_positions" in inspect.signature(layer.__call__).parameters:
         with pytest.raises(NotImplementedError, match="`input_positions`"):
             layer(x, deterministic=True, input_positions=np.arange(T))

@@ -329,3 +329,31 @@ def test_the_remedy_for_layer_norms_is_true():
     params |= {f"{name}_norm": {"scale": scale} for name, scale in scales.items()}
     config = CONFIG.replace(qk_norm="rms")
     assert_close(ours(config, params, QUERY, KEY, VALUE, MASK), expected, "float32")
+
+
+def test_biases_that_flax_s_layer_has_and_ours_lacks_are_zeros():
+    config = CONFIG.replace(use_bias=("query", "attention_output"))
+    params = random_params(param_shapes(config, (1, D), (1, M), (1, C)))
+    tree = to_flax_params(params, config)
+    assert not tree["key"]["bias"].any()
+    assert not tree["value"]["bias"].any()
+    expected = multi_head_attention(params, QUERY, VALUE, KEY, config=config)
+    whole = from_flax_params(tree, CONFIG)
+    assert_close(multi_head_attention(whole, QUERY, VALUE, KEY, config=CONFIG), expected, "float32")
+    assert_same_bits(from_flax_params(tree, config), params)
+    del tree["key"]["bias"]
+    assert_same_bits(from_flax_params(tree, config), params)
+    tree["value"]["bias"] += 1
+    with pytest.raises(ValueError, match=r"`value.bias` has no place in the config's `use_bias`"):
+        from_flax_params(tree, config)
+
+
+def test_parameters_of_a_derived_class_are_refused_by_name():
+    class Scaled(nnx.MultiHeadAttention):
+        pass
+
+    layer = Scaled(N, D, N * H, decode=False, rngs=nnx.Rngs(0))
+    assert from_nnx_module(layer)
+    layer.temperature = nnx.Param(jnp.ones(N))
+    with pytest.raises(ValueError, match=r"Scaled that also has \[\"\['temperature'\]\"\]"):
+        from_nnx_module(layer)
