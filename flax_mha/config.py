@@ -216,8 +216,8 @@ def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
 
 
 def _use_bias(name: str, value: Any) -> bool | tuple[str, ...]:
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
+    if hasattr(value, "__index__") or isinstance(value, np.bool_):
+        return checks.boolean(name, value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         rule = f"`{name}` must be True or False, or a tuple of names of projections."
         remedy = f"Pass `{name}=({value!r},)`." if isinstance(value, str) else ""

@@ -93,7 +93,7 @@ DROP = {"dropout_rate": 0.3, "broadcast_dropout": False}
     [
         ({"einsum_dot_general": jax.lax.dot_general}, NotImplementedError, "`einsum_dot_general`"),
         ({"input_positions": jnp.arange(T)}, NotImplementedError, "`input_positions`.*Rotate"),
-        ({"broadcast_dropout": 1}, TypeError, "`broadcast_dropout` must be True or False"),
+        ({"broadcast_dropout": "yes"}, TypeError, "`broadcast_dropout` must be True or False"),
         (DROP, ValueError, "Dropout needs a PRNG key.*dropout_rng=jax.random.key"),
         ({**DROP, "dropout_rng": 3}, TypeError, "`dropout_key` must be one JAX PRNG key"),
         ({"dropout_rate": 2}, ValueError, r"`dropout_rate` must be a probability"),
@@ -110,7 +110,7 @@ DROP = {"dropout_rate": 0.3, "broadcast_dropout": False}
             "complex numbers have no order, by which a softmax.*query of dtype complex64",
         ),
         ({"implementation": "flash"}, ValueError, "`implementation` must be one of"),
-        ({"force_fp32_for_softmax": 1}, TypeError, "`force_fp32_for_softmax` must be True or"),
+        ({"force_fp32_for_softmax": "yes"}, TypeError, "`force_fp32_for_softmax` must be True or"),
         (
             {"query": ONE, "is_causal": True, "mask": jnp.ones((1, S))},
             ValueError,
