@@ -289,7 +289,7 @@ NOT_HERE, VALUE, TYPE = NotImplementedError, ValueError, TypeError
         ({"query_seq_lengths": jnp.ones(1, int)}, VALUE, r"`query_seq.*integers \[B\] = \(2,\)"),
         ({"key_value_seq_lengths": jnp.ones(B)}, VALUE, r"`key_value_seq_lengths` .*float32"),
         ({"local_window_size": (-1, 2)}, VALUE, r"`left` must be a non-negative integer.*-1"),
-        ({"is_causal": 1}, TYPE, r"`is_causal` must be True or False"),
+        ({"is_causal": 2}, VALUE, r"`is_causal` must be True or False"),
         ({"return_residual": None}, TYPE, r"must be True or False"),
     ],
 )
