@@ -57,10 +57,9 @@ class Problem:
         b, t, s, n = case.sizes[:4]
         return cls(arrays, fixed, np.broadcast_to(case.allowed, (b, n, t, s)), case.sizes)
 
-    def shifted(self, shift):
-        moved = {
-            name: self.arrays[name] + shift for name in ("bias", "sinks") if name in self.arrays
-        }
+    def shifted(self, shift, by):
+        """The arrays with the bias, or the values of distances, moved; and the sinks with them."""
+        moved = {x: self.arrays[x] + shift for x in (by, "sinks") if x in self.arrays}
         return {**self.arrays, **moved}
 
     def loss(self, arrays, probes, options):
@@ -149,7 +148,7 @@ class Problem:
         return d_logits.sum(axes, keepdims=True).reshape(shape)
 
 
-def check(name, implementation, dtype, shifts, jit=jax.jit):
+def check(name, implementation, dtype, shifts, jit=jax.jit, by="bias"):
     problem = Problem.of(FULL[name], dtype)
     b, t, _, n, _, _, v = problem.sizes
     wide = "float64" if dtype == "float64" else "float32"
@@ -159,7 +158,7 @@ def check(name, implementation, dtype, shifts, jit=jax.jit):
     run = jit(lambda arrays: graded(arrays, probes, options))
     rounded = lambda x: x.astype(wide).astype(np.float64)
     for shift in shifts:
-        arrays = problem.shifted(shift)
+        arrays = problem.shifted(shift, by)
         (_, (context, row_sum)), gradients = run(arrays)
         expected_context, expected_row_sum, expected, terms = problem.expected(
             arrays, probes, rounded
@@ -182,6 +181,12 @@ def shifts_of(name):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_s_shift_changes_nothing(name, dtype, implementation):
     check(name, implementation, dtype, shifts_of(name))
+
+
+@pytest.mark.parametrize("name", [name for name, x in FULL.items() if "distance_bias" in x.call])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS][::-1])
+def test_a_shift_of_all_distances_changes_nothing(name, implementation):
+    check(name, implementation, "float32", shifts_of(name), by="values")
 
 
 @pytest.mark.parametrize("name", ["bias", "all masks", "sinks"])
