@@ -68,7 +68,9 @@ def test_a_bias_that_vmap_maps_has_the_gradient_of_each(T):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], mapped), alone, "float32")
 
 
-@pytest.mark.parametrize("x", [X, LARGE], ids=["small", "blocks"])
+@pytest.mark.parametrize(
+    "x", [pytest.param(X, marks=pytest.mark.slow), LARGE], ids=["small", "blocks"]
+)
 def test_stacked_layers_under_scan_remat_and_map(x):
     stacked = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p, -p]), PARAMS)
     layers = [jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(3)]
@@ -84,10 +86,10 @@ def test_stacked_layers_under_scan_remat_and_map(x):
         return y
 
     assert_close(jax.lax.map(lambda p: attend(p, x), stacked)[1], attend(layers[1], x), "float32")
-    expected = jax.grad(lambda s: (looped(s) ** 2).mean())(stacked)
-    for policy in (None, jax.checkpoint_policies.dots_saveable):
-        loss = lambda s, policy=policy: (scanned(s, policy) ** 2).mean()
-        assert_trees_close(jax.jit(jax.grad(loss))(stacked), expected, "float32")
+    expected = jax.jit(jax.grad(lambda s: (looped(s) ** 2).mean()))(stacked)
+    policy = jax.checkpoint_policies.dots_saveable
+    gradient = jax.jit(jax.grad(lambda s: (scanned(s, policy) ** 2).mean()))(stacked)
+    assert_trees_close(gradient, expected, "float32")
 
 
 def test_16_bit_computation_keeps_float32_gradients():
