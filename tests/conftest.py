@@ -23,31 +23,40 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# In these files, of a function with 6 cases or more one in so many runs by default; the others are
+# In these files, of a function with 4 cases or more one in so many runs by default; the others are
 # slow.
 THINNED = {
-    "attention/test_attention.py": 6,
-    "keras/test_constraints.py": 5,
-    "test_decoding.py": 3,
+    "attention/test_attention.py": 9,
     "attention/test_dropout.py": 4,
-    "attention/test_shifts.py": 23,
+    "attention/test_shifts.py": 40,
+    "attention/test_tiles.py": 4,
     "interop/flax/test_attention_fn.py": 3,
-    "keras/test_initializers.py": 5,
-    "interop/test_jax_nn.py": 3,
+    "interop/keras/test_other_classes.py": 4,
     "interop/keras/test_weights.py": 3,
-    "layer/test_keras_parity.py": 8,
+    "interop/test_jax_nn.py": 3,
+    "interop/torch/test_beside.py": 4,
+    "interop/torch/test_weights.py": 3,
+    "keras/test_constraints.py": 8,
+    "keras/test_initializers.py": 8,
+    "keras/test_regularizers.py": 8,
+    "layer/test_bad_cache.py": 4,
+    "layer/test_caches.py": 4,
     "layer/test_debugging.py": 12,
     "layer/test_dropout.py": 3,
+    "layer/test_flags.py": 4,
+    "layer/test_keras_parity.py": 12,
+    "layer/test_oracle.py": 12,
+    "layer/test_transformations.py": 6,
+    "positions/test_positions.py": 4,
+    "test_decoding.py": 3,
     "test_linen.py": 4,
     "test_masks_garbage.py": 5,
+    "test_masks_ids.py": 4,
     "test_masks_semantics.py": 4,
+    "test_masks_traced.py": 4,
     "test_nnx.py": 3,
-    "layer/test_oracle.py": 8,
     "test_params.py": 3,
-    "keras/test_regularizers.py": 5,
-    "attention/test_tiles.py": 4,
-    "interop/torch/test_weights.py": 3,
-    "layer/test_transformations.py": 4,
+    "test_persistence.py": 4,
     "training/test_updates.py": 4,
 }
 
@@ -61,7 +70,7 @@ def pytest_collection_modifyitems(items):
         if file in THINNED and is_case:
             tables.setdefault((file, item.originalname), []).append(item)
     for (file, _), cases in tables.items():
-        for i, item in enumerate(cases if len(cases) >= 6 else []):
+        for i, item in enumerate(cases if len(cases) >= 4 else []):
             if i % THINNED[file]:
                 item.add_marker(pytest.mark.slow)
 
