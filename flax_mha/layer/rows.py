@@ -22,7 +22,8 @@ def counts(name: str, value: Any, batch: Shape) -> Array | np.ndarray:
         checks.fail(ValueError, rule, f"shape {np.shape(value)}")
     whole, inside = _within(value, LARGEST)
     if isinstance(whole, np.ndarray):
-        return np.broadcast_to(np.where(inside, whole, -1), batch).astype("int32")
+        kept = np.where(inside, whole, 0).astype("int32")  # uint8 has no -1
+        return np.broadcast_to(np.where(inside, kept, np.int32(-1)), batch)
     return jnp.broadcast_to(jnp.where(inside, whole, -1), batch).astype("int32")
 
 
