@@ -23,7 +23,7 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# In these files, of a function with 4 cases or more one in so many runs by default; the others are
+# In these files, of a function with 2 cases or more one in so many runs by default; the others are
 # slow.
 THINNED = {
     "attention/test_attention.py": 9,
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
         if file in THINNED and is_case:
             tables.setdefault((file, item.originalname), []).append(item)
     for (file, _), cases in tables.items():
-        for i, item in enumerate(cases if len(cases) >= 4 else []):
+        for i, item in enumerate(cases if len(cases) >= 2 else []):
             if i % THINNED[file]:
                 item.add_marker(pytest.mark.slow)
 
