@@ -26,14 +26,14 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # In these files, of a function with 2 cases or more one in so many runs by default; the others are
 # slow.
 THINNED = {
-    "attention/test_attention.py": 9,
+    "attention/test_attention.py": 11,
     "attention/test_dropout.py": 4,
     "attention/test_shifts.py": 40,
     "attention/test_tiles.py": 4,
-    "interop/flax/test_attention_fn.py": 3,
+    "interop/flax/test_attention_fn.py": 5,
     "interop/keras/test_other_classes.py": 4,
     "interop/keras/test_weights.py": 3,
-    "interop/test_jax_nn.py": 3,
+    "interop/test_jax_nn.py": 5,
     "interop/torch/test_beside.py": 4,
     "interop/torch/test_weights.py": 3,
     "keras/test_constraints.py": 8,
@@ -44,8 +44,8 @@ THINNED = {
     "layer/test_debugging.py": 12,
     "layer/test_dropout.py": 3,
     "layer/test_flags.py": 4,
-    "layer/test_keras_parity.py": 12,
-    "layer/test_oracle.py": 12,
+    "layer/test_keras_parity.py": 17,
+    "layer/test_oracle.py": 17,
     "layer/test_transformations.py": 6,
     "positions/test_positions.py": 4,
     "test_decoding.py": 3,
