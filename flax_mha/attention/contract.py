@@ -30,7 +30,7 @@ class Inputs:
     mask: Mask
     bias_bnts: Array | None = None
     distance_bias: DistanceBias | None = None
-    sinks_N: Array | None = None  # not for implementations: `_sinks` adds them to any output
+    sinks_N: Array | None = None  # not for implementations: `with_sinks` joins them to any output
     dropout_word_2: Array | None = None  # what the dropout key comes down to
 
 

@@ -172,7 +172,7 @@ def able(inputs: Inputs, options: Options) -> list[str]:
 
 
 def choose(implementation: str | None, inputs: Inputs, options: Options) -> str:
-    """The named implementation or an error; only None chooses, by the rule of `_choice`."""
+    """The named implementation or an error; only None chooses, by `choice`'s rule."""
     names = able(inputs, options)
     if implementation is None:
         return preferred(names, inputs)
