@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
 from flax_mha.layer.arguments import Restrictions
@@ -149,6 +149,7 @@ def _project_source(
     *,
     config: MultiHeadAttentionConfig,
 ) -> CrossCache:
+    boxes.refuse(params, "params")
     D = params["query"]["kernel"].shape[0]
     query = jax.ShapeDtypeStruct((*value.shape[:-1], D), value.dtype)
     nobody = jnp.zeros(query.shape, query.dtype)  # queries are not needed, only their shape

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks, tree_checks
-from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey, Shape
+from flax_mha.core import boxes, checks, tree_checks
+from flax_mha.core.typing import Params, ParamsLike, PRNGKey, Shape
 from flax_mha.keras.initializers import Initializer
 from flax_mha.positions import RelativeBias
 
@@ -73,11 +73,32 @@ def param_shapes(
     return cast(Params, {**projections, **_extras(config)})
 
 
+def module_sizes(D: int, M: int | None, C: int | None) -> list[tuple[int]]:
+    """The features of query, value and key as shapes; those not given follow as in a call."""
+    M = D if M is None else M
+    features = {"query_features": D, "value_features": M, "key_features": M if C is None else C}
+    return [(checks.integer(name, size, minimum=1),) for name, size in features.items()]
+
+
+def features_of(params: Any) -> dict[str, int]:
+    """The features of a tree; 1 for a kernel that it lacks, which `check_params` then names."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+    names = ("query", "value", "key")
+    return {f"{name}_features": shapes.get(f"['{name}']['kernel']", (1,))[0] for name in names}
+
+
 def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
     """(name, leaf) of every array of the tree."""
     extras = {(name, leaf) for name, leaves in _extras(config).items() for leaf in leaves}
     kernels = {(name, "kernel") for name in config.projections}
     return kernels | {(name, "bias") for name in config.biases} | extras
+
+
+def letters_of(name: str, leaf: str, rank: int) -> str:
+    """The letters of an array, one an axis: an `output_shape` of several axes repeats its E."""
+    letters = LETTERS[name][leaf]
+    return letters + letters[-1] * (rank - len(letters))
 
 
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
@@ -120,10 +141,13 @@ def init_params(
 
     Returns:
         The tree of `param_shapes`, filled. Each array depends on `init_key` and its own name alone.
+        Those of an initializer of `nn.with_partitioning` stand in their boxes, as in linen.
 
     Raises:
-        TypeError: `init_key` is not a PRNG key, or an array stands in the place of its shape.
-        ValueError: float64 parameters without JAX's 64-bit mode.
+        TypeError: `init_key` is not a PRNG key, an array stands in the place of its shape, or an
+            initializer is of `nnx.with_partitioning`, whose metadata only nnx's variables hold.
+        ValueError: float64 parameters without JAX's 64-bit mode; partition names of an initializer
+            that are not one an axis.
 
     Example:
         >>> import jax
@@ -140,9 +164,16 @@ def init_params(
 
 
 def init_projection(
-    init_key: PRNGKey, name: str, shapes: Any, config: MultiHeadAttentionConfig
-) -> dict[str, Array]:
-    """Initial values of one projection: `{"kernel": ..., "bias": ...}` of the given shapes."""
+    init_key: PRNGKey,
+    name: str,
+    shapes: Any,
+    config: MultiHeadAttentionConfig,
+    owner: str = boxes.LINEN,
+) -> dict[str, Any]:
+    """Initial values of one projection: `{"kernel": ..., "bias": ...}` of the given shapes.
+
+    An initializer may return an array, or one in a box of `owner`, which stays.
+    """
     checks.x64_enabled("param_dtype", config.param_dtype)
     initializers = {"kernel": config.kernel_initializer, "bias": config.bias_initializer}
     name_key = jax.random.fold_in(init_key, list(LETTERS).index(name))
@@ -151,10 +182,15 @@ def init_projection(
         return {
             leaf: _CONSTANTS[leaf](struct.shape, struct.dtype) for leaf, struct in shapes.items()
         }
-    return {
+    values = {
         leaf: _draw(initializers[leaf], leaf_keys[leaf], struct, _fans(name, leaf, struct.shape))
         for leaf, struct in shapes.items()
     }
+    for leaf, value in values.items():
+        where, rank = f"params[{name!r}][{leaf!r}]", len(shapes[leaf].shape)
+        boxes.expect(owner, value, where)
+        boxes.one_name_an_axis(value, where, letters_of(name, leaf, rank), rank)
+    return values
 
 
 def _fans(name: str, leaf: str, shape: Shape) -> tuple[int, int] | None:
@@ -163,11 +199,16 @@ def _fans(name: str, leaf: str, shape: Shape) -> tuple[int, int] | None:
     return (math.prod(shape[:rank]), math.prod(shape[rank:])) if leaf == "kernel" else None
 
 
-def _draw(initializer: Callable[..., Array], key: PRNGKey, struct: Any, fans: Any) -> Array:
+def _draw(initializer: Callable[..., Any], key: PRNGKey, struct: Any, fans: Any) -> Any:
+    """An array of the given shape, or one in a box that names its axes."""
     if isinstance(initializer, Initializer):
         return initializer(key, struct.shape, struct.dtype, fans=fans)
     values = initializer(key, struct.shape, struct.dtype)
-    tree_checks.initial_values(values, struct)
+    tree_checks.initial_values(boxes.content(values), struct)
+    inner = getattr(initializer, "__wrapped__", None)
+    if boxes.kind(values) is not None and isinstance(inner, Initializer):
+        # Flax's wrappers hand no fans on: without them a named kernel would have other values.
+        return boxes.with_content(values, _draw(inner, key, struct, fans))
     return values
 
 

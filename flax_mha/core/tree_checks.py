@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 
 
 def params_tree(params: Any, expected: Mapping[str, Mapping[str, Any]], letters: Any) -> None:
@@ -15,6 +15,7 @@ def params_tree(params: Any, expected: Mapping[str, Mapping[str, Any]], letters:
     _same_names("params", params, expected)
     for name, leaves in expected.items():
         _same_names(f"params[{name!r}]", params[name], leaves)
+    boxes.refuse(params, "params")
     for name, leaves in expected.items():
         for leaf, struct in leaves.items():
             shape = tuple(params[name][leaf].shape)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, Params, ParamsLike, Shape
 from flax_mha.params import INPUT_RANK, LETTERS, check_params, places
 
@@ -61,6 +61,7 @@ def to_table(
     table: Sequence[Entry], params: ParamsLike, config: MultiHeadAttentionConfig
 ) -> dict[str, np.ndarray]:
     """Another framework's arrays from the parameter tree: NumPy arrays under its names."""
+    boxes.refuse(params, "params")
     D, C, M = (params[name]["kernel"].shape[0] for name in ("query", "key", "value"))
     check_params(params, config, (1, D), (1, M), (1, C))
     _all_have_a_place(table, params)

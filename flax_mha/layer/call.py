@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.dtypes import promoted
 from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, DType, ParamsLike, Shape
@@ -75,6 +75,7 @@ def _source_shapes(params: ParamsLike, arrays: Arrays, cache: Any) -> tuple[Shap
     if not isinstance(cache, CrossCache):
         return value.shape, key.shape
     leading = (*query.shape[:-2], cache.key.shape[-2])
+    boxes.refuse(params, "params")
     M, C = (params[name]["kernel"].shape[0] for name in ("value", "key"))
     return (*leading, M), (*leading, C)
 

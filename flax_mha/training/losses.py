@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import Activations
 
@@ -22,6 +22,7 @@ def regularization_loss(params: ParamsLike, config: MultiHeadAttentionConfig) ->
 
     Raises:
         ValueError: an `OrthogonalRegularizer`, which needs a matrix where kernels have rank 3.
+        TypeError: parameters in boxes, such as `nn.Partitioned`: pass `nn.meta.unbox(params)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -31,6 +32,7 @@ def regularization_loss(params: ParamsLike, config: MultiHeadAttentionConfig) ->
         >>> round(float(regularization_loss({"query": ones}, config)), 6)
         0.3
     """
+    boxes.refuse(params, "params")
     regularizers = {"kernel": config.kernel_regularizer, "bias": config.bias_regularizer}
     return _total(
         regularizer(array)

@@ -19,7 +19,7 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
         config: the layer; without constraints the parameters return as they came.
 
     Returns:
-        The tree of `params`, constrained.
+        The tree of `params`, constrained; boxes (`nn.Partitioned`) and nnx's variables stay.
 
     Raises:
         ValueError: a constraint whose `axis` an array does not have.
@@ -76,9 +76,11 @@ def constrain(
 
 
 def _constraint(config: MultiHeadAttentionConfig, key_path: Any) -> Callable[[Array], Array]:
-    """What constrains the leaf at the end of a path: a kernel or a bias."""
+    """What constrains the leaf at the end of a path: a kernel or a bias, in a box too."""
     constraints = {"kernel": config.kernel_constraint, "bias": config.bias_constraint}
-    return constraints.get(_names(key_path)[-1]) or (lambda array: array)
+    # A box (`nn.Partitioned`, an `nnx.Param`) adds a name, its content's, behind the array's own.
+    found = [constraints[name] for name in _names(key_path)[-2:] if name in constraints]
+    return (found and found[-1]) or (lambda array: array)
 
 
 def _names(key_path: Any) -> tuple[str, ...]:

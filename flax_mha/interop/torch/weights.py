@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.torch.layouts import PARTS, from_layout, to_layout
 from flax_mha.interop.torch.models import EXTRAS, MODELS, PACKED, SEPARATE, Layout, linear_layers
@@ -103,6 +103,7 @@ def to_torch_state_dict(
         out_proj.bias (32,)
     """
     checks.one_of("layout", layout, LAYOUTS)
+    boxes.refuse(params, "params")
     D, C, M = (params[name]["kernel"].shape[0] for name in PARTS)
     return to_layout(_layout(layout, packed=D == C == M), params, config, prefix)
 
