@@ -22,6 +22,8 @@ from flax_mha.masks import Mask as Mask
 from flax_mha.params import init_params as init_params
 from flax_mha.params import param_shapes as param_shapes
 from flax_mha.scores import attention_scores as attention_scores
+from flax_mha.sharding import param_axes as param_axes
+from flax_mha.sharding import param_specs as param_specs
 from flax_mha.training import activity_loss as activity_loss
 from flax_mha.training import apply_constraints as apply_constraints
 from flax_mha.training import constrain as constrain

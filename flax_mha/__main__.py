@@ -28,6 +28,7 @@ GROUPS = {
     "The layer": ("linen", "functional", "layer.equation", "config", "params"),
     "Attention of arrays": ("attention.dispatch", "masks", "scores"),
     "Decoding": ("decoding", "layer.caches"),
+    "Many devices": ("sharding.specs",),
     "Training": ("training.losses", "training.updates"),
 }
 WIDTH = 80

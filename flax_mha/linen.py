@@ -10,12 +10,14 @@ from flax_mha.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
-from flax_mha.layer.arguments import Restrictions
+from flax_mha.layer.arguments import Restrictions, check_arrays
 from flax_mha.layer.caches import CrossCache, KVCache, register_state
-from flax_mha.params import init_projection, param_shapes
-from flax_mha.training import activity_loss, regularization_loss
+from flax_mha.params import param_shapes
+from flax_mha.sharding.initial import Boxes, init_boxed, rules_of_a_field
+from flax_mha.training.sown import sow
 
 register_state(serialization.register_serialization_state)
+BOXES = Boxes("flax.linen", nn.Partitioned, nn.logical_to_mesh_axes)
 
 
 class MultiHeadAttention(nn.Module):
@@ -23,6 +25,7 @@ class MultiHeadAttention(nn.Module):
 
     Args: those of `MultiHeadAttentionConfig` (`help(flax_mha.MultiHeadAttentionConfig)`), and
         sow_attention_scores: collect the scores, with `mutable=["intermediates"]`.
+        partition_rules: as the `rules` of `flax_mha.param_specs`; parameters are `nn.Partitioned`.
 
     A call takes what `help(flax_mha.multi_head_attention)` lists, and `training`: True draws from
     the "dropout" rng stream, or else from `seed`. `mutable=["losses"]` collects the penalties,
@@ -68,6 +71,11 @@ class MultiHeadAttention(nn.Module):
     precision: Any = None
     implementation: str | None = None
     sow_attention_scores: bool = False
+    partition_rules: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "partition_rules", rules_of_a_field(self.partition_rules))
+        super().__post_init__()
 
     @classmethod
     def from_config(cls, config: MultiHeadAttentionConfig, **module_fields: Any) -> Any:
@@ -116,18 +124,16 @@ class MultiHeadAttention(nn.Module):
             cache=cache,
             **Restrictions(*masks, bias, segment_ids, positions)._asdict(),
         )
-        self._sow_losses(params, activations, config)
-        if sow_scores:
-            self.sow("intermediates", "attention_scores", activations.attention_scores)
+        sow(self, params, activations, config, sow_scores)
         return results(activations, with_scores)
 
     def _params(self, config: MultiHeadAttentionConfig, *arrays: Any) -> Any:
         if arrays[1] is None:  # a cross cache holds what came of value and key
-            return self.variables.get("params", {})
-        for name, array in zip(("query", "value", "key"), arrays):
-            checks.floating_array(name, array, "[..., length, features]")
+            return nn.meta.unbox(self.variables.get("params", {}))
+        check_arrays(arrays)
         shapes: ParamsLike = param_shapes(config, *(array.shape for array in arrays))
-        return {n: self.param(n, init_projection, n, shapes[n], config) for n in shapes}
+        rules = self.partition_rules if self.is_mutable_collection("params") else None
+        return {n: self.param(n, init_boxed, n, shapes[n], config, rules, BOXES) for n in shapes}
 
     def _dropout_key(self, training: bool) -> PRNGKey | None:
         if not training or self.dropout == 0 or self.is_initializing():
@@ -137,14 +143,3 @@ class MultiHeadAttention(nn.Module):
         if self.seed is not None:
             return jax.random.key(self.seed)
         checks.no_dropout_stream(self.dropout, "rngs={'dropout': jax.random.key(0)}` to `apply")
-
-    def _sow_losses(self, params: Any, activations: Any, config: MultiHeadAttentionConfig) -> None:
-        """Scalars in the "losses" collection; parameters shared by two calls count once."""
-        if self.is_initializing() or not self.is_mutable_collection("losses"):
-            return
-        if config.kernel_regularizer is not None or config.bias_regularizer is not None:
-            penalty = regularization_loss(params, config)
-            self.sow("losses", "regularization", penalty, reduce_fn=lambda _, new: new)
-        if config.activity_regularizer is not None:
-            total: Any = dict(reduce_fn=jax.numpy.add, init_fn=lambda: jax.numpy.zeros(()))
-            self.sow("losses", "activity", activity_loss(activations, config), **total)

@@ -1,6 +1,6 @@
 """The flax.nnx module: `nnx.Param`s, rng streams and modes around the pure function."""
 
-import inspect
+import contextlib
 from typing import Any, cast
 
 import jax
@@ -9,20 +9,29 @@ from flax import nnx
 
 from flax_mha.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
+from flax_mha.core.signatures import arguments_of
 from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
 from flax_mha.layer import Activations, CrossCache, KVCache
-from flax_mha.params import LETTERS, check_params, init_params
+from flax_mha.params import LETTERS, check_params, features_of, module_sizes, param_shapes
+from flax_mha.sharding.initial import Boxes, init_boxed, places_nowhere
 from flax_mha.training import regularization_loss
 
 
-def _config_arguments(init: Any) -> Any:
-    """Shows `*args, **fields` of a constructor as the config's arguments, written there alone."""
-    parameters = [*inspect.signature(init).parameters.values()]
-    self, own = parameters[:1], [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    arguments = inspect.signature(MultiHeadAttentionConfig).parameters.values()
-    init.__signature__ = inspect.Signature([*self, *arguments, *own])
-    return init
+def _metadata(array: Array, names: Any) -> nnx.VariableMetadata[Any]:
+    """The names under the key of the installed Flax; without "mesh", which it would not look up."""
+    made: Any = nnx.with_partitioning(lambda: array, names)()
+    named = {key: value for key, value in made.metadata.items() if key != "mesh"}
+    return nnx.VariableMetadata(array, metadata=named)
+
+
+def _placing(value: Any) -> Any:
+    """Without a mesh names are kept, and nothing is placed; flax before 0.12 never places."""
+    eager = getattr(nnx, "use_eager_sharding", None)
+    return eager(False) if eager and places_nowhere(value) else contextlib.nullcontext()
+
+
+BOXES = Boxes("flax.nnx", _metadata)
 
 
 class Projection(nnx.Module):
@@ -30,7 +39,8 @@ class Projection(nnx.Module):
 
     def __init__(self, arrays: ParamsLike):
         for leaf, array in arrays.items():
-            setattr(self, leaf, nnx.Param(array))
+            with _placing(array):
+                setattr(self, leaf, nnx.Param(array))
 
 
 class MultiHeadAttention(nnx.Module):
@@ -48,6 +58,8 @@ class MultiHeadAttention(nnx.Module):
         value_features: M, the value's last size; None = query_features.
         key_features: C, the key's last size; None = value_features.
         rngs: `nnx.Rngs`; its stream "params" initializes, and "dropout" is forked with dropout > 0.
+        partition_rules: as the `rules` of `flax_mha.param_specs`; they become the `nnx.Param`s'
+            metadata. Without a mesh, and by `from_params`, no array is placed.
 
     A call takes what `help(flax_mha.multi_head_attention)` lists, with `training` and `rngs` in
     place of `config` and `dropout_key`.
@@ -82,7 +94,7 @@ class MultiHeadAttention(nnx.Module):
         False
     """
 
-    @_config_arguments
+    @arguments_of(MultiHeadAttentionConfig)
     def __init__(
         self,
         *args: Any,
@@ -90,14 +102,16 @@ class MultiHeadAttention(nnx.Module):
         value_features: int | None = None,
         key_features: int | None = None,
         rngs: nnx.Rngs,
+        partition_rules: Any = None,
         **fields: Any,
     ):
         checks.known_names("A field of MultiHeadAttention", fields, field_names())
         self.config = MultiHeadAttentionConfig(*args, **fields)
         self.deterministic = True
         init_key = _stream("params", rngs)()
-        sizes = _sizes(query_features, value_features, key_features)
-        for name, arrays in cast(ParamsLike, init_params(init_key, self.config, *sizes)).items():
+        sizes = module_sizes(query_features, value_features, key_features)
+        for name, shapes in cast(ParamsLike, param_shapes(self.config, *sizes)).items():
+            arrays = init_boxed(init_key, name, shapes, self.config, partition_rules, BOXES)
             setattr(self, name, Projection(arrays))
         self.rngs = nnx.data(_dropout_stream(self.config, rngs))
 
@@ -111,16 +125,20 @@ class MultiHeadAttention(nnx.Module):
 
     @classmethod
     def from_params(
-        cls, params: ParamsLike, config: MultiHeadAttentionConfig, *, rngs: nnx.Rngs | None = None
+        cls,
+        params: ParamsLike,
+        config: MultiHeadAttentionConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        partition_rules: Any = None,
     ) -> "MultiHeadAttention":
-        """A layer with the fields of `config` around given `params`; `rngs` serves dropout alone.
+        """A layer of `config` around `params`; `rngs` serve dropout, `partition_rules` name axes.
 
         Raises:
             ValueError: parameters that do not fit the config.
         """
-        layer = nnx.eval_shape(
-            lambda: cls.from_config(config, **_features(params), rngs=nnx.Rngs(params=0))
-        )
+        named = {**features_of(params), "partition_rules": partition_rules}
+        layer = nnx.eval_shape(lambda: cls.from_config(config, **named, rngs=nnx.Rngs(params=0)))
         layer.set_params(params)
         layer.rngs = nnx.data(_dropout_stream(config, rngs))
         return layer
@@ -246,21 +264,6 @@ class MultiHeadAttention(nnx.Module):
         if isinstance(rngs, jax.Array):
             return rngs
         return rngs() if isinstance(rngs, nnx.RngStream) else _stream("dropout", rngs)()
-
-
-def _sizes(D: int, M: int | None, C: int | None) -> list[tuple[int]]:
-    """The features of query, value and key as shapes; those not given follow as in a call."""
-    M = D if M is None else M
-    features = {"query_features": D, "value_features": M, "key_features": M if C is None else C}
-    return [(checks.integer(name, size, minimum=1),) for name, size in features.items()]
-
-
-def _features(params: Any) -> dict[str, int]:
-    """The features of a tree; 1 for a kernel that it lacks, which `check_params` then names."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-    names = ("query", "value", "key")
-    return {f"{name}_features": shapes.get(f"['{name}']['kernel']", (1,))[0] for name in names}
 
 
 def _stream(name: str, rngs: Any) -> nnx.RngStream:

@@ -25,6 +25,7 @@ FLOORS = [
     ["attention", "plots"],
     ["config"],
     ["params"],
+    ["sharding"],
     ["layer", "interop"],
     ["decoding", "scores", "training"],
     ["functional"],

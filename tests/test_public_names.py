@@ -16,8 +16,8 @@ PUBLIC = {
     "flax_mha": """
         Activations CrossCache KVCache Mask MultiHeadAttention MultiHeadAttentionConfig
         activity_loss apply_constraints attention_scores constrain dot_product_attention explain
-        forward init_cache init_cross_cache init_params multi_head_attention param_shapes
-        regularization_loss
+        forward init_cache init_cross_cache init_params multi_head_attention param_axes
+        param_shapes param_specs regularization_loss
     """,
     "flax_mha.attention": "DistanceBias Residuals merge",
     "flax_mha.interop.equinox": "from_equinox to_equinox",
@@ -50,6 +50,7 @@ PUBLIC = {
 # Handed on at the top too, where people find them first.
 ALSO = {
     "flax_mha.layer": "Activations CrossCache KVCache",
+    "flax_mha.sharding": "param_axes param_specs",
     "flax_mha.training": "activity_loss apply_constraints constrain regularization_loss",
 }
 # Public, and neither functions nor classes.
