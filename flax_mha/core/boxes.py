@@ -74,12 +74,14 @@ def one_name_an_axis(value: Any, where: str, letters: str, rank: int) -> None:
     named = names(value)
     if named is None:
         return
+    rule = f"{where} [{', '.join(letters)}], of rank {rank}, must have one partition name an axis."
+    if isinstance(named, str):
+        fail(TypeError, rule, f"the string {named!r}", "Pass a tuple of names and Nones.")
     shorter = isinstance(named, PartitionSpec) and len(named) < rank
     if len(named) != rank and not shorter:
-        rule = f"{where} [{', '.join(letters)}] has {rank} axes: so many partition names."
         remedy = (
             "One initializer makes all kernels, another all biases: where their ranks differ, "
-            "name the axes by `partition_rules`, or by `param_specs`."
+            "name the axes by `partition_rules`, or by `param_specs`; `PartitionSpec()` fits all."
         )
         fail(ValueError, rule, f"{tuple(named)}", remedy)
 

@@ -50,7 +50,7 @@ def init_boxed(
 
 def _placed_box(value: Any, of: Boxes) -> Any:
     """A box of an initializer, its array where the names say; nnx's places its own."""
-    if of.mesh_axes is None or not hasattr(type(value), "get_partition_spec"):
+    if of.mesh_axes is None or boxes.names(value) is None:
         return value
     # Logical names become mesh axes by the rules of the box, or by those in force.
     is_logical = hasattr(value, "rules")

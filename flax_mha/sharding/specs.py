@@ -6,6 +6,7 @@ from typing import Any, cast
 from jax.sharding import PartitionSpec
 
 from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core import checks
 from flax_mha.core.typing import Params, ParamsLike, Shape
 from flax_mha.params import letters_of, param_shapes
 from flax_mha.sharding.meshes import mesh_sizes
@@ -30,7 +31,7 @@ def param_axes(config: MultiHeadAttentionConfig) -> Params:
         the first is "embed", the others are None.
 
     Raises:
-        TypeError: no config.
+        TypeError: what is no config, such as a module: pass its `config`.
 
     Example:
         >>> from flax_mha import MultiHeadAttentionConfig, param_axes
@@ -38,6 +39,7 @@ def param_axes(config: MultiHeadAttentionConfig) -> Params:
         >>> tuple(axes["query"]["kernel"]), tuple(axes["attention_output"]["bias"])
         (('embed', 'heads', 'head_dim'), ('embed',))
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
 
     def names(name: str, leaf: str, struct: Any) -> PartitionSpec:
         letters = [axis.letter for axis in _axes(name, leaf, struct)]
@@ -79,7 +81,7 @@ def param_specs(
     Raises:
         ValueError: a mesh axis that does not exist, or does not divide a size; one that stands
             twice in an array; in a mapping, an unknown key.
-        TypeError: rules or a mesh of another type.
+        TypeError: a config, rules or a mesh of another type.
 
     Guide: `python -m flax_mha guide sharding`.
 
@@ -90,6 +92,7 @@ def param_specs(
         >>> tuple(specs["query"]["kernel"]), tuple(specs["attention_output"]["kernel"])
         (('fsdp', 'model', None), ('model', None, 'fsdp'))
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
     query_shape = _UNKNOWN if query_shape is None else query_shape
     shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
     sizes = mesh_sizes(mesh)

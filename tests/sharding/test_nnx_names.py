@@ -204,12 +204,12 @@ def test_each_module_system_has_its_own_names():
         (
             "kernel_initializer",
             nnx.with_partitioning(numbers, ("model", None)),
-            r"\[D, N, H\] has 3",
+            r"\[D, N, H\], of rank 3",
         ),
         (
             "bias_initializer",
             nnx.with_partitioning(nnx.initializers.zeros, NAMES),
-            r"params\['query'\]\['bias'\] \[N, H\] has 2 axes: so many partition names",
+            r"params\['query'\]\['bias'\] \[N, H\], of rank 2, must have one partition name",
         ),
     ],
 )
@@ -267,3 +267,13 @@ def test_flax_abstract_models_are_laid_out():
     _, state = nnx.get_abstract_model(lambda: built(partition_rules=RULES), mesh)
     kernel = nnx.to_pure_dict(state)["query"]["kernel"]
     assert kernel.sharding == NamedSharding(mesh, P("fsdp", "model", None))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_flax_finds_the_ambient_mesh_for_the_names(kind):
+    if not hasattr(nnx, "as_abstract"):
+        return  # flax 0.11 has no such function
+    layer = nnx.eval_shape(lambda: built(partition_rules=RULES))
+    with ambient(kind):
+        layer = nnx.as_abstract(layer)
+    assert layer.params["query"]["kernel"].sharding.spec == P("fsdp", "model", None)

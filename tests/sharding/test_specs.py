@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from flax_mha import (
+    MultiHeadAttention,
     MultiHeadAttentionConfig,
     init_params,
     multi_head_attention,
@@ -254,6 +255,13 @@ def test_refused(rules, error, message):
 def test_a_mesh_of_another_type_is_refused():
     with pytest.raises(TypeError, match=r"`mesh` must be a jax.sharding.Mesh or AbstractMesh"):
         param_specs(HEADS, {"N": "model"}, mesh={"model": 8})
+
+
+def test_a_module_is_no_config():
+    layer = MultiHeadAttention(N, H)
+    for function in (param_axes, lambda config: param_specs(config, {})):
+        with pytest.raises(TypeError, match=r"`config` must be a MultiHeadAttentionConfig"):
+            function(layer)
 
 
 # --- what they are for --------------------------------------------------------------------------
