@@ -68,6 +68,9 @@ def attention_scores(
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
     checks.floating_params(params)
+    if restrictions.get("dropout_start") is not None:
+        rule = "`attention_scores` are the weights before dropout: it takes no `dropout_start`."
+        checks.fail(TypeError, rule, "dropout_start")
     checked = checked_restrictions(config, Restrictions(**restrictions))
     causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)

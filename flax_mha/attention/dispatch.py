@@ -11,6 +11,7 @@ from flax_mha.attention.canonical import canonical
 from flax_mha.attention.choice import RULE, preferred
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.distance import DistanceBias
+from flax_mha.attention.dropout import start_of
 from flax_mha.attention.quarantine import poison, quarantine
 from flax_mha.attention.sinks import with_sinks
 from flax_mha.core import checks
@@ -20,7 +21,10 @@ from flax_mha.masks import Mask
 
 IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "blockwise": blockwise}
 # The arguments of a call that are arrays or hold some; all others are static.
-DATA = ("query", "key", "value", "mask", "bias", "distance_bias", "sinks", "dropout_key")
+DATA = (
+    *("query", "key", "value", "mask", "bias", "distance_bias", "sinks"),
+    *("dropout_key", "dropout_start"),
+)
 
 
 def dot_product_attention(
@@ -38,6 +42,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
+    dropout_start: Any = None,
     broadcast_dropout: bool = False,
     precision: Any = None,
     implementation: str | None = None,
@@ -62,7 +67,12 @@ def dot_product_attention(
         local_window_size: (left, right) keys around the query, itself besides; an int = both.
         dropout_rate: probability in [0, 1] of dropping a weight; acts only with `dropout_key`.
         dropout_key: one PRNG key; None = no dropout.
-        broadcast_dropout: whether all examples and heads drop the same positions.
+        dropout_start: integers (b, n, t, s), traced or not: where these arrays begin in the whole
+            ones of which they are a shard, b counted over all batch axes; None = (0, 0, 0, 0).
+            Inside `jax.shard_map` or `jax.pmap` every shard draws the bits of the first one without
+            it, or without a key of its own by `jax.random.fold_in`.
+        broadcast_dropout: whether all examples and heads drop the same positions; b and n of
+            `dropout_start` are not looked at then.
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
         block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
@@ -95,6 +105,7 @@ def dot_product_attention(
     mask = _before_tracing(mask)
     data = dict(query=query, key=key, value=value, mask=mask, bias=bias, sinks=sinks)
     data |= dict(distance_bias=distance_bias, dropout_key=dropout_key)
+    data |= dict(dropout_start=start_of(dropout_start))
     static = dict(
         soft_cap=soft_cap,
         scale=scale,
@@ -159,6 +170,7 @@ def explain(
     bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
     bound.apply_defaults()
     bound.arguments["mask"] = _before_tracing(bound.arguments["mask"])
+    bound.arguments["dropout_start"] = start_of(bound.arguments["dropout_start"])
     static = {k: x for k, x in bound.arguments.items() if k not in (*DATA, "implementation")}
     reasons: dict[str, str] = {}
 

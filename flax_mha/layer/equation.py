@@ -124,6 +124,7 @@ def _equation(
         soft_cap=config.soft_cap,
         dropout_rate=config.dropout,
         dropout_key=dropout_key,
+        dropout_start=restrictions.dropout_start,
         precision=config.precision,
         implementation=config.implementation,
         return_weights=flags.return_attention_scores,
