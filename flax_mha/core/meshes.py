@@ -68,8 +68,8 @@ def spec(*axes: Any) -> P:
     """The spec of these axes; of several that name one mesh axis, the first keeps it.
 
     Example:
-        >>> spec("data", None, ("data", "model"), "model")
-        PartitionSpec('data', None, 'model', None)
+        >>> tuple(spec("data", None, ("data", "model"), "model"))
+        ('data', None, 'model', None)
     """
     used: set[str] = set()
     kept = []
