@@ -13,12 +13,14 @@ import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
+from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
 from flax_mha.layer.arguments import Restrictions
 from flax_mha.layer.cached_call import check_limit, check_order
-from flax_mha.layer.call import prepare
+from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.heads import key_heads, value_heads
+from flax_mha.layer.outputs import cross_cache_spec
 
 
 def init_cache(
@@ -149,10 +151,32 @@ def _project_source(
     *,
     config: MultiHeadAttentionConfig,
 ) -> CrossCache:
+    """The cache, with the explicit axes of a mesh made automatic where the arrays have any."""
     boxes.refuse(params, "params")
+    run = functools.partial(_projected, config=config)
+
+    def placed() -> CrossCache:
+        checked_folding(params, (_no_query(params, value), value, key), config)
+        return cross_cache_spec(params, value, key, mask)
+
+    return with_auto_axes(run, placed, params, value, key, mask)
+
+
+def _no_query(params: ParamsLike, value: Array) -> jax.ShapeDtypeStruct:
+    """Queries are not needed, only their shape."""
     D = params["query"]["kernel"].shape[0]
-    query = jax.ShapeDtypeStruct((*value.shape[:-1], D), value.dtype)
-    nobody = jnp.zeros(query.shape, query.dtype)  # queries are not needed, only their shape
+    return jax.ShapeDtypeStruct((*value.shape[:-1], D), value.dtype)
+
+
+def _projected(
+    params: ParamsLike,
+    value: Array,
+    key: Array,
+    mask: Array | None,
+    config: MultiHeadAttentionConfig,
+) -> CrossCache:
+    query = _no_query(params, value)
+    nobody = jnp.zeros(query.shape, query.dtype)
     call = prepare(params, (nobody, value, key), Restrictions(value_mask=mask), config, False)
     batch = call.folding.batch
     fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731

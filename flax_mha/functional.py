@@ -37,6 +37,7 @@ def multi_head_attention(
     segment_ids: Array | tuple[Array, Array] | None = None,
     positions: Array | tuple[Array, Array] | None = None,
     cache: KVCache | CrossCache | None = None,
+    dropout_start: Any = None,
 ) -> Any:
     """Keras's MultiHeadAttention as a pure function of explicit parameters.
 
@@ -69,6 +70,11 @@ def multi_head_attention(
         cache: a `KVCache`, which takes in the T new tokens, each of which sees those before it;
             `value_mask` marks the real ones (right padding). Or a `CrossCache`, which counts the
             queries; `query_mask` marks the real ones.
+        dropout_start: integers (b, n, t, s), traced or not: where this call stands in the whole one
+            of which it is a shard; None = (0, 0, 0, 0). b counts over all batch axes, t and s over
+            all attended ones; with a cache t counts the queries of the call alone, s the keys that
+            it shows. Inside `jax.shard_map` or `jax.pmap` every shard draws the bits of the first
+            one without it, or without a key of its own by `jax.random.fold_in`.
 
     Returns:
         The output `[B, T, *E]`, then the attention_scores `[B, N, T, S]` if asked for (with a
@@ -99,7 +105,14 @@ def multi_head_attention(
         (4, 8, 32)
     """
     restrictions = Restrictions(
-        query_mask, value_mask, key_mask, attention_mask, bias, segment_ids, positions
+        query_mask,
+        value_mask,
+        key_mask,
+        attention_mask,
+        bias,
+        segment_ids,
+        positions,
+        dropout_start,
     )
     flags = Flags(use_causal_mask, return_attention_scores, return_projections=False)
     arrays = (query, value, value if key is None else key)
@@ -140,7 +153,7 @@ def forward(
         dropout_key: one PRNG key; None = no dropout.
         cache: a `KVCache` or a `CrossCache`; with one, the projections are None.
         **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids,
-            positions.
+            positions, dropout_start.
 
     Returns:
         `Activations(query, key, value, gate, output, attention_scores, cache)`.

@@ -105,6 +105,7 @@ class MultiHeadAttention(nn.Module):
         segment_ids: Array | tuple[Array, Array] | None = None,
         positions: Array | tuple[Array, Array] | None = None,
         cache: KVCache | CrossCache | None = None,
+        dropout_start: Any = None,
     ) -> Any:
         """See `multi_head_attention`; with `training=True`, dropout acts."""
         flags = (return_attention_scores, training, use_causal_mask)
@@ -122,7 +123,7 @@ class MultiHeadAttention(nn.Module):
             return_attention_scores=with_scores or sow_scores,
             dropout_key=self._dropout_key(training),
             cache=cache,
-            **Restrictions(*masks, bias, segment_ids, positions)._asdict(),
+            **Restrictions(*masks, bias, segment_ids, positions, dropout_start)._asdict(),
         )
         sow(self, params, activations, config, sow_scores)
         return results(activations, with_scores)

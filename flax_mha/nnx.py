@@ -178,6 +178,7 @@ class MultiHeadAttention(nnx.Module):
         segment_ids: Array | tuple[Array, Array] | None = None,
         positions: Array | tuple[Array, Array] | None = None,
         cache: KVCache | CrossCache | None = None,
+        dropout_start: Any = None,
         rngs: nnx.Rngs | nnx.RngStream | PRNGKey | None = None,
     ) -> Any:
         """See `multi_head_attention`; `training=None` is the mode of `train()` and `eval()`.
@@ -201,6 +202,7 @@ class MultiHeadAttention(nnx.Module):
             segment_ids=segment_ids,
             positions=positions,
             cache=cache,
+            dropout_start=dropout_start,
         )
         return results(activations, return_attention_scores)
 

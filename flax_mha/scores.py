@@ -10,11 +10,13 @@ from flax_mha.attention import dot_product_attention
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.folding import Folding
+from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer.arguments import Restrictions, check_arrays, checked_restrictions
-from flax_mha.layer.call import prepare
+from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.heads import key_heads, query_heads
+from flax_mha.layer.outputs import scores_spec
 from flax_mha.layer.placement import distance_bias
 
 
@@ -66,6 +68,9 @@ def attention_scores(
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
     checks.floating_params(params)
+    if restrictions.get("dropout_start") is not None:
+        rule = "`attention_scores` are the weights before dropout: it takes no `dropout_start`."
+        checks.fail(TypeError, rule, "dropout_start")
     checked = checked_restrictions(config, Restrictions(**restrictions))
     causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)
@@ -84,6 +89,22 @@ def _scores(
     restrictions: Restrictions,
     rows: Array,
     *,
+    config: MultiHeadAttentionConfig,
+    use_causal_mask: bool,
+) -> Array:
+    """The rows, with the explicit axes of a mesh made automatic where the arrays have any."""
+    run = functools.partial(_of_rows, config=config, use_causal_mask=use_causal_mask)
+    placed = lambda: scores_spec(  # noqa: E731
+        params, arrays, None, checked_folding(params, arrays, config), rows
+    )
+    return with_auto_axes(run, placed, params, arrays, restrictions, rows)
+
+
+def _of_rows(
+    params: ParamsLike,
+    arrays: tuple[Array, Array, Array],
+    restrictions: Restrictions,
+    rows: Array,
     config: MultiHeadAttentionConfig,
     use_causal_mask: bool,
 ) -> Array:

@@ -43,6 +43,7 @@ THINNED = {
     "layer/test_caches.py": 4,
     "layer/test_debugging.py": 12,
     "layer/test_dropout.py": 3,
+    "layer/test_explicit_meshes.py": 9,
     "layer/test_flags.py": 4,
     "layer/test_keras_parity.py": 17,
     "layer/test_oracle.py": 17,

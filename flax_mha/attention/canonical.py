@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flax_mha.attention.contract import Inputs, Options
 from flax_mha.attention.distance import DistanceBias
-from flax_mha.attention.dropout import words_of
+from flax_mha.attention.dropout import start_of, words_of
 from flax_mha.core import checks
 from flax_mha.core.folding import collapse
 from flax_mha.core.typing import Array, PRNGKey, Shape
@@ -31,6 +31,7 @@ def canonical(
     local_window_size: int | tuple[int, int] | None,
     dropout_rate: float,
     dropout_key: PRNGKey | None,
+    dropout_start: Any,
     broadcast_dropout: bool,
     precision: Any,
     block_sizes: tuple[int, int] | None,
@@ -45,6 +46,7 @@ def canonical(
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)
     rate = checks.rate("dropout_rate", dropout_rate)
+    start_4 = start_of(dropout_start)
     word_2 = words_of(dropout_key) if rate > 0 and dropout_key is not None else None
     drops = word_2 is not None
     batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
@@ -58,6 +60,7 @@ def canonical(
         distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
         sinks_N=None if sinks is None else _sinks(sinks, N),
         dropout_word_2=word_2,
+        dropout_start_4=start_4 if drops else None,
     )
     options = Options(
         scale=1 / math.sqrt(H) if scale is None else float(scale),

@@ -32,6 +32,7 @@ class Inputs:
     distance_bias: DistanceBias | None = None
     sinks_N: Array | None = None  # not for implementations: `with_sinks` joins them to any output
     dropout_word_2: Array | None = None  # what the dropout key comes down to
+    dropout_start_4: Array | None = None  # uint32: where this call's (b, n, t, s) = 0 stands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

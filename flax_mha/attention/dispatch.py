@@ -9,17 +9,22 @@ import jax
 from flax_mha.attention import blockwise, reference
 from flax_mha.attention.canonical import canonical
 from flax_mha.attention.choice import RULE, preferred
-from flax_mha.attention.contract import Inputs, Options, Output
+from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.distance import DistanceBias
+from flax_mha.attention.dropout import start_of
 from flax_mha.attention.quarantine import poison, quarantine
 from flax_mha.attention.sinks import with_sinks
 from flax_mha.core import checks
+from flax_mha.core.meshes import axes_of, spec, with_auto_axes
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
 
 IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "blockwise": blockwise}
 # The arguments of a call that are arrays or hold some; all others are static.
-DATA = ("query", "key", "value", "mask", "bias", "distance_bias", "sinks", "dropout_key")
+DATA = (
+    *("query", "key", "value", "mask", "bias", "distance_bias", "sinks"),
+    *("dropout_key", "dropout_start"),
+)
 
 
 def dot_product_attention(
@@ -37,6 +42,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
+    dropout_start: Any = None,
     broadcast_dropout: bool = False,
     precision: Any = None,
     implementation: str | None = None,
@@ -61,7 +67,12 @@ def dot_product_attention(
         local_window_size: (left, right) keys around the query, itself besides; an int = both.
         dropout_rate: probability in [0, 1] of dropping a weight; acts only with `dropout_key`.
         dropout_key: one PRNG key; None = no dropout.
-        broadcast_dropout: whether all examples and heads drop the same positions.
+        dropout_start: integers (b, n, t, s), traced or not: where these arrays begin in the whole
+            ones of which they are a shard, b counted over all batch axes; None = (0, 0, 0, 0).
+            Inside `jax.shard_map` or `jax.pmap` every shard draws the bits of the first one without
+            it, or without a key of its own by `jax.random.fold_in`.
+        broadcast_dropout: whether all examples and heads drop the same positions; b and n of
+            `dropout_start` are not looked at then.
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
         block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
@@ -91,28 +102,43 @@ def dot_product_attention(
         >>> flax_mha.dot_product_attention(x, x, x, is_causal=True).shape
         (2, 5, 3, 8)
     """
-    inputs, options = canonical(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        distance_bias=distance_bias,
-        sinks=sinks,
+    mask = _before_tracing(mask)
+    data = dict(query=query, key=key, value=value, mask=mask, bias=bias, sinks=sinks)
+    data |= dict(distance_bias=distance_bias, dropout_key=dropout_key)
+    data |= dict(dropout_start=start_of(dropout_start))
+    static = dict(
         soft_cap=soft_cap,
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,
         dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
         broadcast_dropout=broadcast_dropout,
         precision=precision,
         block_sizes=block_sizes,
         return_weights=return_weights,
         return_residuals=return_residuals,
     )
-    output = run(choose(implementation, inputs, options), inputs, options)
-    return _restore(output, query.shape[:-3], options)
+
+    def attend(data: Any) -> Any:
+        inputs, options = canonical(**data, **static)
+        output = run(choose(implementation, inputs, options), inputs, options)
+        return _restore(output, query.shape[:-3], options)
+
+    wanted = (return_weights, return_residuals)
+    return with_auto_axes(attend, lambda: _placed(query, key, value, *wanted), data)
+
+
+def _placed(query: Array, key: Array, value: Array, weights: bool, residuals: bool) -> Any:
+    """On a mesh with explicit axes: batch, length and heads as the query's, features as V."""
+    checks.attention_arrays(query, key, value)
+    *batch, T, N, _ = axes_of(query)
+    specs: list[Any] = [spec(*batch, T, N, axes_of(value)[-1])]
+    if weights:
+        specs.append(spec(*batch, N, T, axes_of(key)[-3]))
+    if residuals:
+        rows: list[Any] = [spec(*batch, N, T)] * 2
+        specs.append(Residuals(*rows))
+    return specs[0] if len(specs) == 1 else tuple(specs)
 
 
 def explain(
@@ -143,9 +169,8 @@ def explain(
     _known(implementation)
     bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
     bound.apply_defaults()
-    mask = bound.arguments["mask"]
-    if checks.is_array(mask) and not isinstance(mask, jax.ShapeDtypeStruct):
-        bound.arguments["mask"] = checks.boolean_mask("mask", mask)  # before tracing hides it
+    bound.arguments["mask"] = _before_tracing(bound.arguments["mask"])
+    bound.arguments["dropout_start"] = start_of(bound.arguments["dropout_start"])
     static = {k: x for k, x in bound.arguments.items() if k not in (*DATA, "implementation")}
     reasons: dict[str, str] = {}
 
@@ -157,8 +182,16 @@ def explain(
         why = RULE if len(names) > 1 else "no other can"
         reasons[preferred(names, inputs)] += f", and None chooses it: {why}"
 
-    jax.eval_shape(trace, {name: bound.arguments[name] for name in DATA})
+    automatic = lambda data: with_auto_axes(trace, spec, data)  # noqa: E731
+    jax.eval_shape(automatic, {name: bound.arguments[name] for name in DATA})
     return reasons
+
+
+def _before_tracing(mask: Any) -> Any:
+    """A mask whose integers are looked at, before tracing hides them."""
+    if not checks.is_array(mask) or isinstance(mask, jax.ShapeDtypeStruct):
+        return mask
+    return checks.boolean_mask("mask", mask)
 
 
 def reason(name: str, inputs: Inputs, options: Options) -> str | None:

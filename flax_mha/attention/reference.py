@@ -76,7 +76,10 @@ def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
         return weights_BNTS
     assert inputs.dropout_word_2 is not None
     rate, shared = options.dropout_rate, options.broadcast_dropout
-    keep_BNTS = dropout.keep_mask(inputs.dropout_word_2, rate, weights_BNTS.shape, shared=shared)
+    shape, origin_4 = weights_BNTS.shape, inputs.dropout_start_4
+    keep_BNTS = dropout.keep_mask(
+        inputs.dropout_word_2, rate, shape, shared=shared, origin_4=origin_4
+    )
     return dropout.drop(weights_BNTS, keep_BNTS, rate)
 
 

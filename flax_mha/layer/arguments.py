@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, TypeAlias
 
+from flax_mha.attention.dropout import start_of
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 
@@ -18,6 +19,7 @@ class Restrictions(NamedTuple):
     bias: Any = None
     segment_ids: Any = None
     positions: Any = None
+    dropout_start: Any = None  # restricts nothing: it stands where the caller's other data stand
 
 
 def check_arrays(arrays: Any) -> None:
@@ -51,7 +53,8 @@ def _checked(restrictions: Restrictions) -> Restrictions:
     if restrictions.bias is not None:
         checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
     ids = {name: _ids(name, getattr(restrictions, name)) for name in ("segment_ids", "positions")}
-    return restrictions._replace(**masks, **ids)
+    dropout_start = start_of(restrictions.dropout_start)
+    return restrictions._replace(**masks, **ids, dropout_start=dropout_start)
 
 
 def _ids(name: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ from flax_mha.layer.caches import CrossCache, KVCache, is_spoiled
 from flax_mha.positions import DistanceFunction
 
 # A growing cache holds real tokens alone, in order: that is what its masks are made of.
-_READ_WITH_KV_CACHE = ("value_mask", "positions")
+_READ_WITH_KV_CACHE = ("value_mask", "positions", "dropout_start")
 
 
 def check_cached_call(cache: Any, arrays: Arrays, restrictions: Restrictions) -> None:

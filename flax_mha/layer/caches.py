@@ -17,6 +17,7 @@ import numpy as np
 from jax import export
 
 from flax_mha.core import checks
+from flax_mha.core.meshes import axes_of, spec, with_auto_axes
 from flax_mha.core.typing import Array
 from flax_mha.layer.rows import counts, rows_taken, taken
 
@@ -226,9 +227,16 @@ def _refuse_rewind(cache: Any, wanted: np.ndarray, now: np.ndarray) -> None:
 
 def _reordered(cache: Any, rows: Any) -> Any:
     index, inside = rows_taken(rows, cache.length.shape)
-    moved = jax.tree.map(lambda x: taken(x, index), cache)
-    inside = inside.reshape(-1, *(1,) * (cache.length.ndim - 1))
-    return dataclasses.replace(moved, length=jnp.where(inside, moved.length, SPOILED))
+
+    def move(cache: Any, index: Array, inside: Array) -> Any:
+        moved = jax.tree.map(lambda x: taken(x, index), cache)
+        inside = inside.reshape(-1, *(1,) * (cache.length.ndim - 1))
+        return dataclasses.replace(moved, length=jnp.where(inside, moved.length, SPOILED))
+
+    # On a mesh the beams stay where their examples are; other numbers of rows may not fit there.
+    fits = len(inside) % max(len(cache.length), 1) == 0
+    place = lambda x: spec(axes_of(x if fits else index)[0], *axes_of(x)[1:])  # noqa: E731
+    return with_auto_axes(move, lambda: jax.tree.map(place, cache), cache, index, inside)
 
 
 # --- leaving the process ------------------------------------------------------------------------

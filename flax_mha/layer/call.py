@@ -48,10 +48,7 @@ def prepare(
     Positions count on from the length of a cache; a `CrossCache` stands in for value and key.
     """
     query, value, key = arrays
-    value_shape, key_shape = _source_shapes(params, arrays, cache)
-    checks.layer_inputs(query.shape, value_shape, key_shape)
-    check_params(params, config, query.shape, value_shape, key_shape)
-    folding = Folding.of(query.shape, value_shape, config.attention_axes)
+    folding = checked_folding(params, arrays, config, cache)
     dtype = _compute_dtype(params, arrays, config)
     if cache is not None:
         check_cache(cache, folding, config, dtype)
@@ -67,6 +64,20 @@ def prepare(
     bias_bnts = _bias(restrictions.bias, folding, config)
     folded = (folding.fold(query), fold(key), fold(value))
     return Call(folding, *folded, mask, bias_bnts, *positions, project)
+
+
+def checked_folding(
+    params: ParamsLike,
+    arrays: Arrays,
+    config: MultiHeadAttentionConfig,
+    cache: KVCache | CrossCache | None = None,
+) -> Folding:
+    """How a call's arrays fold, once their shapes and those of the parameters are found right."""
+    query_shape = arrays[0].shape
+    value_shape, key_shape = _source_shapes(params, arrays, cache)
+    checks.layer_inputs(query_shape, value_shape, key_shape)
+    check_params(params, config, query_shape, value_shape, key_shape)
+    return Folding.of(query_shape, value_shape, config.attention_axes)
 
 
 def _source_shapes(params: ParamsLike, arrays: Arrays, cache: Any) -> tuple[Shape, Shape]:

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from flax_mha.attention import dot_product_attention
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.folding import Folding
+from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey, Shape
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.layer.call import Call, prepare
+from flax_mha.layer.call import Call, checked_folding, prepare
 from flax_mha.layer.extend import News, View, extend, misplaced, read_source
 from flax_mha.layer.heads import key_heads, query_heads, value_heads
+from flax_mha.layer.outputs import cache_spec, output_spec, projection_specs, scores_spec
 from flax_mha.layer.placement import distance_bias
 from flax_mha.layer.projection import as_rank
 from flax_mha.masks import Mask
@@ -72,6 +74,40 @@ def layer(
     config: MultiHeadAttentionConfig,
     flags: Flags,
 ) -> Activations:
+    """The equation, with the explicit axes of a mesh made automatic where the arrays have any."""
+    data = (params, arrays, restrictions, dropout_key, cache)
+    run = functools.partial(_equation, config=config, flags=flags)
+    return with_auto_axes(run, lambda: _placed(params, arrays, cache, config, flags), *data)
+
+
+def _placed(
+    params: ParamsLike,
+    arrays: Arrays,
+    cache: KVCache | CrossCache | None,
+    config: MultiHeadAttentionConfig,
+    flags: Flags,
+) -> Activations:
+    """Where each result of a call on a mesh with explicit axes is to be: a spec in its place."""
+    folding = checked_folding(params, arrays, config, cache)
+    with_scores, with_heads = flags.return_attention_scores, flags.return_projections
+    heads = projection_specs(params, arrays, folding) if with_heads else {}
+    return Activations(
+        **{name: heads.get(name) for name in ("query", "key", "value", "gate")},
+        output=output_spec(params, arrays, folding),
+        attention_scores=scores_spec(params, arrays, cache, folding) if with_scores else None,
+        cache=cache_spec(cache),
+    )
+
+
+def _equation(
+    params: ParamsLike,
+    arrays: Arrays,
+    restrictions: Restrictions,
+    dropout_key: PRNGKey | None,
+    cache: KVCache | CrossCache | None,
+    config: MultiHeadAttentionConfig,
+    flags: Flags,
+) -> Activations:
     """query, key, value -> projections -> attention -> (gate) -> output projection."""
     call = prepare(params, arrays, restrictions, config, flags.use_causal_mask, cache)
     project, folding = call.project, call.folding
@@ -88,6 +124,7 @@ def layer(
         soft_cap=config.soft_cap,
         dropout_rate=config.dropout,
         dropout_key=dropout_key,
+        dropout_start=restrictions.dropout_start,
         precision=config.precision,
         implementation=config.implementation,
         return_weights=flags.return_attention_scores,

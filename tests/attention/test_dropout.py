@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from helpers import assert_trees_close
 from jax.extend.random import threefry_2x32
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from flax_mha import dot_product_attention
-from flax_mha.attention.dropout import keep_mask, words_of
+from flax_mha import dot_product_attention, explain
+from flax_mha.attention.dropout import keep_mask, start_of, words_of
 from flax_mha.attention.threefry import threefry
 
 SHAPE = (2, 3, 40, 52)
@@ -141,3 +143,151 @@ def test_shared_dropout_without_a_key_or_a_rate_is_none():
         np.testing.assert_array_equal(output, quiet)
     with pytest.raises(TypeError, match="`broadcast_dropout` must be True or False"):
         dot_product_attention(x, x, x, broadcast_dropout=None)
+
+
+# --- a shard of a whole: `dropout_start` --------------------------------------------------------
+
+B, T, S, N = 8, 12, 10, 8
+DROP = {"dropout_rate": 0.25, "dropout_key": jax.random.key(3)}
+REFERENCE = {"implementation": "reference"}
+BLOCKS = {"implementation": "blockwise", "block_sizes": (4, 3)}
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0, 0), (1, 2, 3, 4), (0, 1, 14, 5), (1, 0, 29, 50)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_origin_shifts_a_tile_wherever_it_is(start, traced):
+    """Also one whose t is no multiple of the four neighbours that are drawn at once."""
+    shape, tile = (1, 1, 7, 2), (0, 0, 4, 0)
+    origin = start_of(start)
+    draw = lambda origin: keep_mask(words_of(jax.random.key(3)), 0.25, shape, tile, False, origin)
+    kept = (jax.jit(draw) if traced else draw)(origin)
+    b, n, t, s = start
+    np.testing.assert_array_equal(kept, mask()[b : b + 1, n : n + 1, t + 4 : t + 11, s : s + 2])
+
+
+def test_positions_beyond_31_bits_count_on():
+    """Two tiles that overlap there; and beyond 2^31 the bits are not those of the beginning."""
+    word_2 = words_of(jax.random.key(3))
+    at = lambda *start: np.asarray(keep_mask(word_2, 0.5, (3, 3, 8, 8), origin_4=start_of(start)))
+    for far in (2**31 - 1, 2**32 - 8):
+        whole = at(far, far, far, far)
+        np.testing.assert_array_equal(
+            at(far + 1, far + 2, far + 3, far + 4)[:2, :1, :5, :4], whole[1:, 2:, 3:, 4:]
+        )
+        assert (whole != at(0, 0, 0, 0)).any()
+    traced = jax.jit(lambda t: at_traced(word_2, t))(jnp.int32(2**31 - 1))
+    np.testing.assert_array_equal(traced, at(0, 0, 2**31 - 1, 0))
+
+
+def at_traced(word_2, t):
+    return keep_mask(word_2, 0.5, (3, 3, 8, 8), origin_4=start_of((0, 0, t, 0)))
+
+
+def test_a_shared_mask_looks_at_t_and_s_alone():
+    word_2 = words_of(jax.random.key(3))
+    tile = keep_mask(word_2, 0.25, (2, 2, 8, 5), (1, 1, 0, 0), True, start_of((7, 9, 13, 7)))
+    expected = np.broadcast_to(mask()[:1, :1, 13:21, 7:12], tile.shape)
+    np.testing.assert_array_equal(tile, expected)
+
+
+def arrays():
+    query, key = (jax.random.normal(jax.random.key(i), (B, n, N, 8)) for i, n in ((0, T), (1, S)))
+    one_hot = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, N, S))
+    return query, key, one_hot  # the context is the weights that stay
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("call", "check_vma"),
+    [(REFERENCE, True), (REFERENCE, False), (BLOCKS, False)],
+    ids=["reference", "reference unchecked", "blockwise"],
+)
+def test_a_shard_map_draws_the_bits_of_the_whole(sizes, call, check_vma):
+    """Over batch and heads; bit for bit, and the gradient too."""
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("data", "model"))
+    spec = P("data", None, "model")
+
+    def shard(query, key, value):
+        b, _, n, _ = query.shape
+        start = (jax.lax.axis_index("data") * b, jax.lax.axis_index("model") * n, 0, 0)
+        return dot_product_attention(query, key, value, dropout_start=start, **DROP, **call)
+
+    whole = lambda *x: dot_product_attention(*x, **DROP, **call)
+    of_shards = jax.shard_map(
+        shard, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=check_vma
+    )
+    both = lambda f: jax.jit(
+        lambda *x: (f(*x), jax.grad(lambda *y: (f(*y) ** 2).sum(), (0, 1, 2))(*x))
+    )
+    (context, gradients), expected = both(of_shards)(*arrays()), both(whole)(*arrays())
+    np.testing.assert_array_equal(context == 0, expected[0] == 0)
+    assert_trees_close((context, gradients), expected, "float32")
+
+
+@pytest.mark.parametrize(
+    "call", [{"implementation": "reference"}, BLOCKS], ids=["reference", "blockwise"]
+)
+def test_a_length_that_is_cut_anywhere(call):
+    """T = 12 over 4 devices: all shards but the first begin at a t that is no multiple of four."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("length",))
+    cut = lambda query, key, value: dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_start=(0, 0, jax.lax.axis_index("length") * query.shape[1], 0),
+        **DROP,
+        **call,
+    )
+    specs = dict(in_specs=(P(None, "length"), P(), P()), out_specs=P(None, "length"))
+    context = jax.jit(jax.shard_map(cut, mesh=mesh, check_vma=False, **specs))(*arrays())
+    whole = dot_product_attention(*arrays(), **DROP, **call)
+    np.testing.assert_array_equal(context == 0, whole == 0)
+    rows = dot_product_attention(
+        *(x[:, -5:] if i == 0 else x for i, x in enumerate(arrays())),
+        **DROP,
+        **call,
+        dropout_start=[0, 0, T - 5, 0],
+    )
+    np.testing.assert_array_equal(rows == 0, whole[:, -5:] == 0)
+
+
+def test_without_a_start_every_shard_draws_the_bits_of_the_first():
+    """As the docstring says; a key of its own is the other remedy."""
+    cut = [x.reshape(4, 2, *x.shape[1:]) for x in arrays()]
+    same = jax.pmap(lambda *x: dot_product_attention(*x, **DROP), axis_name="data")(*cut)
+    np.testing.assert_array_equal(same == 0, np.broadcast_to(same[:1] == 0, same.shape))
+
+    def started(query, key, value):
+        start = (jax.lax.axis_index("data") * 2, 0, 0, 0)
+        return dot_product_attention(query, key, value, dropout_start=start, **DROP)
+
+    whole = dot_product_attention(*arrays(), **DROP)
+    mapped = jax.pmap(started, axis_name="data")(*cut)
+    np.testing.assert_array_equal(mapped.reshape(whole.shape) == 0, whole == 0)
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
+        (
+            3,
+            TypeError,
+            r"four integers \(b, n, t, s\), each in \[0, 2\^32\)\. Received: dropout_start of 3",
+        ),
+        ((0, 0, 0), TypeError, r"dropout_start of \(0, 0, 0\)\. Any of them may be traced"),
+        (jnp.zeros((2, 4), int), TypeError, r"dropout_start of shape \(2, 4\)"),
+        (jnp.zeros(4), TypeError, r"float32 of shape \(\) in dropout_start"),
+        ((0, 0, 1.5, 0), TypeError, r"`dropout_start` must be an integer"),
+        ((0, True, 0, 0), TypeError, r"`dropout_start` must be an integer"),
+        ((0, "n", 0, 0), TypeError, r"`dropout_start` must be an integer"),
+        ((0, 0, -4, 0), ValueError, r"Received: -4 in dropout_start"),
+        ((2**32, 0, 0, 0), ValueError, r"Received: 4294967296 in dropout_start"),
+    ],
+    ids=str,
+)
+def test_a_start_that_is_none_is_refused(start, error, message):
+    x = jnp.ones((2, 4, 2, 8))
+    for attend in (dot_product_attention, explain):
+        with pytest.raises(error, match=message):
+            attend(x, x, x, dropout_start=start)

@@ -5,11 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import B, D, H, M, N, S, T, assert_close, normal, random_params
+from helpers import B, D, H, M, N, S, T, assert_close, assert_trees_close, normal, random_params
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+import flax_mha.nnx
 from flax_mha import (
+    MultiHeadAttention,
     MultiHeadAttentionConfig,
+    attention_scores,
     dot_product_attention,
+    forward,
+    init_cache,
+    init_params,
     multi_head_attention,
     param_shapes,
 )
@@ -121,3 +129,89 @@ def test_mask_depends_on_the_position_and_the_key_alone():
     assert ((one != 0) != (moved != 0)).any()
     longer, _ = revealed(jax.random.key(0), query=normal(8, B, T + 4, N, H))
     np.testing.assert_array_equal(longer[:, :, :T] != 0, one != 0)
+
+
+# --- a shard of a whole -------------------------------------------------------------------------
+
+WHOLE = MultiHeadAttentionConfig(8, 4, dropout=RATE, use_bias=False)
+WHOLE_PARAMS = init_params(jax.random.key(1), WHOLE, (8, 6, D))
+LETTERS = {"query": P(None, "model"), "key": P(None, "model"), "value": P(None, "model")}
+HEADS = {name: {"kernel": LETTERS.get(name, P("model"))} for name in WHOLE_PARAMS}
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (8, 1), (2, 4), (1, 8)], ids=str)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_shard_map_over_batch_and_heads_gives_the_whole_s_output(sizes, check_vma):
+    """Forward and gradient; each shard knows its own examples and heads alone."""
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("data", "model"))
+    local, x = WHOLE.replace(num_heads=8 // sizes[1]), normal(1, 8, 6, D)
+    dropout_key = jax.random.key(5)
+
+    def shard(params, x):
+        places = [jax.lax.axis_index(axis) for axis in ("data", "model")]
+        start = (places[0] * x.shape[0], places[1] * local.num_heads, 0, 0)
+        call = dict(config=local, dropout_key=dropout_key, dropout_start=start)
+        return jax.lax.psum(multi_head_attention(params, x, x, **call), "model")
+
+    of_shards = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(HEADS, P("data")),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    whole = lambda p, x: multi_head_attention(p, x, x, config=WHOLE, dropout_key=dropout_key)
+    both = lambda f: jax.jit(
+        lambda *args: (f(*args), jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1))(*args))
+    )
+    assert_trees_close(both(of_shards)(WHOLE_PARAMS, x), both(whole)(WHOLE_PARAMS, x), "float32")
+
+
+def test_every_face_takes_a_start():
+    """The second half of a batch: rows of the whole call's output."""
+    x, key = normal(1, 8, 6, D), jax.random.key(5)
+    half, call = x[4:], {"dropout_start": (4, 0, 0, 0)}
+    whole = multi_head_attention(WHOLE_PARAMS, x, x, config=WHOLE, dropout_key=key)
+    plain = dict(config=WHOLE, dropout_key=key, **call)
+    outputs = [
+        multi_head_attention(WHOLE_PARAMS, half, half, **plain),
+        forward(WHOLE_PARAMS, half, half, **plain).output,
+        jax.jit(
+            lambda b: multi_head_attention(
+                WHOLE_PARAMS, half, half, config=WHOLE, dropout_key=key, dropout_start=(b, 0, 0, 0)
+            )
+        )(4),
+    ]
+    for output in outputs:
+        assert_close(output, whole[4:], "float32")
+    linen = MultiHeadAttention.from_config(WHOLE)
+    run = lambda x, **call: linen.apply(
+        {"params": WHOLE_PARAMS}, x, x, training=True, rngs={"dropout": key}, **call
+    )
+    assert_close(run(half, **call), run(x)[4:], "float32")
+    module = flax_mha.nnx.MultiHeadAttention.from_params(WHOLE_PARAMS, WHOLE)
+    started = module(half, half, training=True, rngs=key, **call)
+    assert_close(started, module(x, x, training=True, rngs=key)[4:], "float32")
+
+
+def test_with_a_cache_t_counts_the_queries_of_the_call():
+    """So steps that say where they stand drop what one call would."""
+    x, key = normal(1, 2, 6, D), jax.random.key(5)
+    call = dict(config=WHOLE, dropout_key=key, use_causal_mask=True)
+    whole = multi_head_attention(WHOLE_PARAMS, x, x, **call)
+    cache = init_cache(WHOLE, 2, 6)
+    for first, last in ((0, 3), (3, 5), (5, 6)):
+        part = x[:, first:last]
+        here = dict(cache=cache, dropout_start=(0, 0, first, 0))
+        output, cache = multi_head_attention(WHOLE_PARAMS, part, part, **call, **here)
+        assert_close(output, whole[:, first:last], "float32")
+
+
+def test_starts_that_nothing_reads_are_refused():
+    x = normal(1, 2, 6, D)
+    with pytest.raises(ValueError, match="Received: -1 in dropout_start"):
+        multi_head_attention(WHOLE_PARAMS, x, x, config=WHOLE, dropout_start=(-1, 0, 0, 0))
+    with pytest.raises(TypeError, match="the weights before dropout: it takes no `dropout_start`"):
+        attention_scores(
+            WHOLE_PARAMS, x, x, config=WHOLE, query_rows=jnp.array([1]), dropout_start=(0, 0, 0, 0)
+        )

@@ -105,6 +105,7 @@ def _blocks(inputs: Inputs, tiling: Tiling) -> Blocks:
         _fill_distances(inputs.distance_bias, tiling.t + tiling.s),
         _fill_mask(inputs.mask, T, S),
         inputs.dropout_word_2,
+        inputs.dropout_start_4,
     )
 
 

@@ -53,6 +53,7 @@ class Blocks:
     distance_bias: DistanceBias | None
     mask: Mask
     dropout_word_2: Array | None
+    dropout_start_4: Array | None = None
 
 
 def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
@@ -164,7 +165,8 @@ def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:
     full = (tiling.B, tiling.K * tiling.G, tiling.T, tiling.S)
     start, size = scores_place(tiling, full, tile)
     shared = plan.options.broadcast_dropout
-    keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start, shared)
+    origin_4 = blocks.dropout_start_4
+    keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start, shared, origin_4)
     keep_bkrs = keep_bnts.reshape(tiling.b, tiling.k, tiling.r, tiling.s)
     return lambda x_bkrs: dropout.drop(x_bkrs, keep_bkrs, rate)
 
