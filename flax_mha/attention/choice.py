@@ -12,17 +12,40 @@ keys of a cache in another order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax_mha.attention.contract import Inputs
+from flax_mha.core import checks
+from flax_mha.core.sizes import at_least
 
-SMALLEST_BLOCKWISE = 96 * 96
+SMALLEST_SIDE = 96
+SMALLEST_BLOCKWISE = SMALLEST_SIDE**2
 FEWEST_QUERIES = 8
 RULE = "blockwise from T x S = 96 x 96 and T = 8 on, reference below"
 
 
 def preferred(able: Sequence[str], inputs: Inputs) -> str:
     """The name to run among those that can serve the call."""
+    if len(able) == 1:
+        return able[0]
     T, S = inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1]
-    is_large = T * S >= SMALLEST_BLOCKWISE and T >= FEWEST_QUERIES
-    favourite = "blockwise" if is_large else "reference"
-    return favourite if favourite in able else able[0]
+    return "blockwise" if _is_large(T, S) else "reference"
+
+
+def _is_large(T: Any, S: Any) -> bool:
+    many = at_least(T, FEWEST_QUERIES)
+    large = at_least(T * S, SMALLEST_BLOCKWISE)
+    if large is None and at_least(T, SMALLEST_SIDE) and at_least(S, SMALLEST_SIDE):
+        large = True
+    if many is False or large is False:
+        return False
+    if many is None or large is None:
+        rule = f"`implementation=None` chooses by size: {RULE}."
+        remedy = (
+            "Name one, `implementation='blockwise'` or `'reference'`; or tell what is known, as "
+            f"`jax.export.symbolic_shape('t', constraints=['t >= {SMALLEST_SIDE}'])`."
+        )
+        checks.fail(
+            ValueError, rule, f"T = {T}, S = {S}, symbols whose sizes are not known", remedy
+        )
+    return True

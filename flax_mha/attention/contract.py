@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
+
+NAMES = ("flax_mha_context", "flax_mha_residuals")
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +76,15 @@ class Residuals(NamedTuple):
 def shift_of(row_max: Array) -> Array:
     """What a row's logits are shifted by: -inf - (-inf) would be NaN where nothing is attended."""
     return jnp.where(jnp.isneginf(row_max), 0, row_max)
+
+
+def named(context: Array, residuals: Residuals) -> tuple[Array, Residuals]:
+    """The two under names, by which a policy of `jax.checkpoint` may keep or offload them.
+
+    That is `jax.checkpoint_policies.save_only_these_names(*NAMES)`, for one.
+    """
+    rows = (checkpoint_name(x, NAMES[1]) for x in residuals)
+    return checkpoint_name(context, NAMES[0]), Residuals(*rows)
 
 
 class Output(NamedTuple):

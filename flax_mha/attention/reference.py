@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.attention import dropout
-from flax_mha.attention.contract import Inputs, Options, Output, Residuals, shift_of
+from flax_mha.attention.contract import Inputs, Options, Output, Residuals, named, shift_of
 from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.sizes import at_least
 from flax_mha.core.typing import Array
 
 
@@ -24,6 +25,7 @@ def attend(inputs: Inputs, options: Options) -> Output:
     weights_BNTS, residuals = _softmax(logits_BNTS)
     kept_BNTS = _dropped(weights_BNTS, inputs, options)
     context_BTNV = _context(kept_BNTS, inputs, options)
+    context_BTNV, residuals = named(context_BTNV, residuals)
     return Output(context_BTNV, weights_BNTS.astype(inputs.query_BTNH.dtype), residuals)
 
 
@@ -34,7 +36,7 @@ def _logits(inputs: Inputs, options: Options) -> Array:
     of_query, _ = scales(options, inputs.query_BTNH.dtype)
 
     def multiply(rows_BKRH: Array, key_BSKH: Array) -> Array:
-        if T > 1:
+        if at_least(T, 2) is not False:
             return einsum("BKRH,BSKH->BKRS", rows_BKRH, key_BSKH)
         # The keys first: the other way XLA's CPU would transpose a whole cache of them.
         return einsum("BSKH,BKRH->BKSR", key_BSKH, rows_BKRH).swapaxes(2, 3)

@@ -1,8 +1,34 @@
-"""Where a program will run, as far as that is known while it is traced."""
+"""Where a program runs: known when it is lowered, and not while it is traced."""
+
+import math
+from typing import Any, NamedTuple
 
 import jax
 
 
-def on_cpu() -> bool:
-    """Whether JAX's default backend is a CPU: what was measured there does not hold elsewhere."""
-    return jax.default_backend() == "cpu"
+class Place(NamedTuple):
+    """Whether it is a CPU, and over how many devices XLA may spread what is computed."""
+
+    cpu: bool
+    devices: int = 1
+
+    @classmethod
+    def here(cls) -> "Place":
+        """One device of the machine that asks."""
+        return cls(jax.default_backend() == "cpu")
+
+    @classmethod
+    def lowered_for(cls, context: Any, cpu: bool) -> "Place":
+        """From a lowering rule's context: the devices that no `shard_map` has divided by hand."""
+        axes = context.module_context.axis_context
+        if hasattr(axes, "num_devices"):
+            return cls(cpu, axes.num_devices)
+        if not hasattr(axes, "manual_axes"):  # the pmap of jax 0.7: every replica is a program
+            return cls(cpu)
+        free = [size for name, size in axes.mesh.shape.items() if name not in axes.manual_axes]
+        return cls(cpu, math.prod(free))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether XLA may cut an array's axes, so that a loop must not."""
+        return not self.cpu or self.devices > 1

@@ -19,7 +19,6 @@ REFUSALS: dict[str, dict[str, tuple[type[Exception], str]]] = {
     "reference": {},
     "blockwise": {
         "weights": (NotImplementedError, "never holds the weights"),
-        "jvp": (TypeError, "forward-mode"),
     },
 }
 # Blocks below, above and beside the lengths of the table: t > s, t < s, equal, no divisors, larger.

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from helpers import assert_close, normal
 
-from flax_mha import Mask, dot_product_attention
+from flax_mha import Mask
+from flax_mha.attention.blockwise.programs import Forward
+from flax_mha.attention.blockwise.signature import Facts, Signature
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
 from flax_mha.attention.blockwise.tiles import Tile, Tiling, allowed, key_spans, query_spans
-from flax_mha.attention.contract import Inputs
+from flax_mha.attention.contract import Inputs, Options
+from flax_mha.core.platform import Place
 
+CPU = Place(cpu=True)
 LENGTHS = [(13, 13), (13, 22), (22, 13), (16, 16), (1, 9)]
 BLOCKS = [(4, 4), (4, 8), (8, 4), (5, 12), (32, 32)]
 BANDS = [(None, None), (None, 0), (0, None), (3, 3), (0, 0), (7, 0), (None, 5), (1, None)]
@@ -85,7 +89,7 @@ def test_a_tile_s_mask_is_the_mask_s_tile(b, k):
         np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
 
 
-def sizes_of(T, S, *, B=1, N=8, K=None, H=64, mask=None, block_sizes=None):
+def sizes_of(T, S, *, B=1, N=8, K=None, H=64, mask=None, block_sizes=None, place=CPU):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     inputs = Inputs(
         query_BTNH=shape(B, T, N, H),
@@ -93,7 +97,7 @@ def sizes_of(T, S, *, B=1, N=8, K=None, H=64, mask=None, block_sizes=None):
         value_BSKV=shape(B, S, K or N, H),
         mask=mask or Mask(),
     )
-    tiling = tiling_of(inputs, block_sizes)
+    tiling = tiling_of(inputs, block_sizes, place)
     return tiling.b, tiling.k, tiling.t, tiling.s
 
 
@@ -111,25 +115,31 @@ def test_a_tile_on_cpu_is_large_enough_for_two_cores_and_small_enough_for_the_ca
     assert sizes_of(8, 8, B=7, N=5, block_sizes=(4, 4)) == (7, 5, 4, 4)
 
 
-def test_elsewhere_examples_and_heads_are_never_cut(monkeypatch):
+def test_elsewhere_examples_and_heads_are_never_cut():
     """A sharded axis that a loop cuts would be gathered on every device."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert sizes_of(4096, 4096, B=16) == (16, 8, 512, 512)
-    assert sizes_of(130, 4096, B=3, K=2, mask=Mask.causal()) == (3, 2, 72, 512)
+    tpu = Place(cpu=False)
+    assert sizes_of(4096, 4096, B=16, place=tpu) == (16, 8, 512, 512)
+    assert sizes_of(130, 4096, B=3, K=2, mask=Mask.causal(), place=tpu) == (3, 2, 72, 512)
+
+
+def test_cpus_that_share_an_array_cut_its_lengths_alone():
+    """Each device's part of a tile, of 16 heads a device here, stays in its cache."""
+    eight = Place(cpu=True, devices=8)
+    assert sizes_of(512, 512, B=16, place=eight) == (16, 8, 128, 128)
+    assert sizes_of(4096, 4096, B=1, place=eight) == (1, 8, 1024, 1024)
+    assert sizes_of(4096, 4096, B=64, place=eight) == (64, 8, 128, 128)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_the_numbers_are_the_same_elsewhere(monkeypatch, is_causal):
-    """The tiling of other backends, run on this one."""
+def test_the_numbers_are_the_same_elsewhere(is_causal):
+    """The tiling of other platforms, run on this one."""
     arrays = [normal(seed, 2, 40, heads, 8) for seed, heads in ((0, 6), (1, 3), (2, 3))]
-    call = dict(implementation="blockwise", block_sizes=(16, 8), is_causal=is_causal)
-
-    def loss(arrays):
-        context = dot_product_attention(*arrays, **call)
-        return (context**2).sum(), context
-
-    expected = jax.grad(loss, has_aux=True)(arrays)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    jax.tree.map(
-        lambda a, b: assert_close(a, b, "float32"), jax.grad(loss, has_aux=True)(arrays), expected
-    )
+    options = Options(scale=1.0, block_sizes=(16, 8))
+    facts = Facts(Mask.causal() if is_causal else Mask(), None, None, None, 0)
+    signature = Signature.of(options, facts, dict(zip(("query", "key", "value"), arrays)))
+    known = [*jax.tree.leaves(facts), *arrays]
+    places = (CPU, Place(cpu=False))
+    tilings = [signature.filled(known, place)[0].tiling for place in places]
+    here, elsewhere = (Forward(signature).run(known, [], place) for place in places)
+    assert (tilings[0].lanes, tilings[1].lanes) == (1, 1)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), elsewhere, here)

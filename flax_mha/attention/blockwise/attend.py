@@ -1,30 +1,30 @@
-"""Attention over blocks of queries and keys: memory O(T + S), and a VJP of its own.
+"""Attention over blocks of queries and keys: memory O(T + S), in every derivative.
 
 Blocks that the causal order or a window rules out are never visited, and blocks that padding or
-segment ids leave empty are skipped. The backward pass keeps (row_max, row_sum) and computes each
-block's weights again.
+segment ids leave empty are skipped. A derivative keeps (row_max, row_sum) and computes each block's
+weights again.
 
 References: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory",
 https://arxiv.org/abs/2112.05682; Dao et al., "FlashAttention", https://arxiv.org/abs/2205.14135.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-from flax_mha.attention.blockwise.backward import backward
-from flax_mha.attention.blockwise.call import Blocks, Plan
-from flax_mha.attention.blockwise.forward import Softmax, forward
+from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.programs import Forward, Tangent
+from flax_mha.attention.blockwise.signature import Facts, Signature
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
-from flax_mha.attention.blockwise.tiles import Tiling
-from flax_mha.attention.contract import Inputs, Options, Output, Residuals
-from flax_mha.attention.distance import DistanceBias
+from flax_mha.attention.contract import Inputs, Options, Output, Residuals, named
 from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.platform import Place
+from flax_mha.core.program import apply
 from flax_mha.core.typing import Array
-from flax_mha.masks import Mask
+from flax_mha.core.varying import varying_alike
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -38,11 +38,11 @@ def attend(inputs: Inputs, options: Options) -> Output:
     """context = dropout(softmax(scale query . key + bias)) . value, block by block."""
     if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):
         return _nothing(inputs)
-    tiling = tiling_of(inputs, options.block_sizes)
-    context, *rows = _core(Plan(tiling, options), _blocks(inputs, tiling))
-    context_BTNV = context[:, : tiling.T].astype(inputs.value_BSKV.dtype)
-    row_max_BNT, row_sum_BNT = (x[..., : tiling.T] for x in rows)
-    return Output(context_BTNV, None, Residuals(row_max_BNT, row_sum_BNT))
+    facts, arrays = _split(varying_alike(inputs), options)
+    signature = Signature.of(options, facts, arrays)
+    context, row_max, row_sum = _softmax(signature, facts, tuple(arrays.values()))
+    dtype = inputs.value_BSKV.dtype
+    return Output(context.astype(dtype), None, Residuals(row_max, row_sum))
 
 
 def _nothing(inputs: Inputs) -> Output:
@@ -53,88 +53,48 @@ def _nothing(inputs: Inputs) -> Output:
     return Output(jnp.zeros((B, T, N, V), dtype), None, Residuals(zeros_BNT - jnp.inf, zeros_BNT))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(plan: Plan, blocks: Blocks) -> Softmax:
-    return forward(plan, blocks)
+def _split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
+    """The arrays of a call without a derivative, and those with one."""
+    offset, first, distances = None, 0, None
+    if inputs.distance_bias is not None:
+        # The ends' values repeated, so that a tile that reaches beyond an end finds them.
+        width = _widest(inputs, options)
+        offset, first = inputs.distance_bias.query_offset, inputs.distance_bias.first - width
+        distances = jnp.pad(inputs.distance_bias.values, ((0, 0), (width, width)), mode="edge")
+    arrays = {
+        "query": inputs.query_BTNH,
+        "key": inputs.key_BSKH,
+        "value": inputs.value_BSKV,
+        "bias": inputs.bias_bnts,
+        "distances": distances,
+    }
+    dropout = (inputs.dropout_word_2, inputs.dropout_start_4)
+    facts = Facts(inputs.mask, offset, *dropout, first)
+    return facts, {name: x for name, x in arrays.items() if x is not None}
 
 
-def _core_forward(plan: Plan, blocks: Blocks) -> tuple[Softmax, Any]:
-    softmax = forward(plan, blocks)
-    return softmax, (blocks, softmax)
+def _widest(inputs: Inputs, options: Options) -> int:
+    """At least t + s, wherever the call runs."""
+    places = (Place(cpu=True), Place(cpu=True, devices=2), Place(cpu=False))
+    tilings = [tiling_of(inputs, options.block_sizes, place) for place in places]
+    return max(tiling.t + tiling.s for tiling in tilings)
 
 
-def _core_backward(plan: Plan, saved: tuple[Blocks, Softmax], cotangent: Softmax) -> Any:
-    blocks, softmax = saved
-    d_query, d_key, d_value, d_biases = backward(plan, blocks, softmax, cotangent)
-    nothing: Any = None  # for the mask, the offsets and the key, which have no gradient
-    d_distance_bias = nothing
-    if blocks.distance_bias is not None:
-        values = _as(blocks.distance_bias.values, d_biases.values_NL)
-        d_distance_bias = DistanceBias(values, nothing, blocks.distance_bias.first)
-    d_blocks = Blocks(
-        _as(blocks.query_BTNH, d_query),
-        _as(blocks.key_BSKH, d_key),
-        _as(blocks.value_BSKV, d_value),
-        nothing if blocks.bias_bnts is None else _as(blocks.bias_bnts, d_biases.bias_bnts),
-        d_distance_bias,
-        nothing,
-        nothing,
-    )
-    return (d_blocks,)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(signature: Signature, facts: Facts, arrays: tuple[Array, ...]) -> Softmax:
+    return Softmax(*apply(Forward(signature), [*jax.tree.leaves(facts), *arrays]))
 
 
-def _as(x: Array, gradient: Any) -> Array:
-    return gradient.astype(x.dtype)
+def _tangent(signature: Signature, primals: Any, tangents: Any) -> tuple[Softmax, Softmax]:
+    (facts, arrays), (_, moved) = primals, tangents
+    context, *rows = _softmax(signature, facts, arrays)
+    context, residuals = named(context, Residuals(*rows))
+    softmax = Softmax(context, *residuals)
+    moving = {n: x for n, x in zip(signature.names, moved) if not isinstance(x, SymbolicZero)}
+    known = [*jax.tree.leaves(facts), *arrays, *softmax]
+    d_context, d_row_sum = apply(Tangent.of(signature, tuple(moving)), known, list(moving.values()))
+    still = jnp.zeros_like(softmax.row_max_BNT)  # the result is the same for every row_max
+    return softmax, Softmax(d_context, still, d_row_sum)
 
 
-_core.defvjp(_core_forward, _core_backward)
-
-
-# --- whole blocks -------------------------------------------------------------------------------
-
-
-def _blocks(inputs: Inputs, tiling: Tiling) -> Blocks:
-    """Every length filled up to whole blocks."""
-    T, S = tiling.query_blocks * tiling.t, tiling.key_blocks * tiling.s
-    bias = inputs.bias_bnts
-    return Blocks(
-        _fill(inputs.query_BTNH, 1, T),
-        _fill(inputs.key_BSKH, 1, S),
-        _fill(inputs.value_BSKV, 1, S),
-        None if bias is None else _fill_scores(bias, T, S),
-        _fill_distances(inputs.distance_bias, tiling.t + tiling.s),
-        _fill_mask(inputs.mask, T, S),
-        inputs.dropout_word_2,
-        inputs.dropout_start_4,
-    )
-
-
-def _fill(x: Array, axis: int, length: int) -> Array:
-    """Zeros, or False, behind the end of one axis."""
-    widths = [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, widths) if x.shape[axis] < length else x
-
-
-def _fill_scores(x_bnts: Array, T: int, S: int) -> Array:
-    for axis, length in ((2, T), (3, S)):
-        x_bnts = x_bnts if x_bnts.shape[axis] == 1 else _fill(x_bnts, axis, length)
-    return x_bnts
-
-
-def _fill_distances(bias: DistanceBias | None, width: int) -> DistanceBias | None:
-    """The ends' values repeated, so that a tile that reaches beyond an end finds them."""
-    if bias is None:
-        return None
-    values = jnp.pad(bias.values, ((0, 0), (width, width)), mode="edge")
-    return dataclasses.replace(bias, values=values, first=bias.first - width)
-
-
-def _fill_mask(mask: Mask, T: int, S: int) -> Mask:
-    fill = lambda x, length: None if x is None else _fill(x, 1, length)  # noqa: E731
-    return dataclasses.replace(
-        mask,
-        query_padding=fill(mask.query_padding, T),
-        key_padding=fill(mask.key_padding, S),
-        segment_ids=tuple((_fill(q, 1, T), _fill(k, 1, S)) for q, k in mask.segment_ids),
-        dense_masks=tuple(_fill_scores(x, T, S) for x in mask.dense_masks),
-    )
+_softmax.defjvp(_tangent, symbolic_zeros=True)

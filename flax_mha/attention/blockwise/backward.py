@@ -28,22 +28,27 @@ from flax_mha.attention.blockwise.call import (
     put_queries,
     scaled_queries,
     stretch,
+    tile_biases,
     tile_dropper,
     tile_logits,
     where_needed,
 )
 from flax_mha.attention.blockwise.forward import Softmax
-from flax_mha.attention.blockwise.tiles import Tile, add_at, place, query_spans, scores_place
+from flax_mha.attention.blockwise.tiles import Tile, add_at, begin, query_spans, scores_place
 from flax_mha.attention.distance import unskew
 from flax_mha.attention.logits import scales
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.typing import Array, DType
+from flax_mha.core.typing import Array
+from flax_mha.core.varying import full
 
 
 class Saved(NamedTuple):
-    """What every tile of a query needs."""
+    """What every tile of a query needs.
 
-    row_max_BNT: Array
+    Not lse = row_max + log(row_sum): beside a row_max of 1e8 that is row_max.
+    """
+
+    row_max_BNT: Array  # inf where nothing may be attended: e^(logits - inf) is 0
     share_BNT: Array  # 1 / row_sum
     delta_BNT: Array
     d_context_BTNV: Array
@@ -83,30 +88,26 @@ class TileGradients(NamedTuple):
     d_logits_bkrs: Array | None
 
 
-def backward(plan: Plan, blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Gradients:
-    """The gradients of query, key, value and biases."""
-    tiling, saved = plan.tiling, _saved(blocks, softmax, cotangent)
+def backward(
+    plan: Plan, blocks: Blocks, softmax: Softmax, cotangents: tuple[Array, Array]
+) -> Gradients:
+    """The gradients of query, key, value and biases, of those of context and row_sum."""
+    tiling, saved = plan.tiling, _saved(blocks, softmax, *cotangents)
 
     def step(index: Array, gradients: Gradients) -> Gradients:
-        at = place(tiling, index, tiling.key_blocks)
+        at = begin(tiling, index, tiling.key_blocks)
         return _key_block(plan, blocks, saved, at, gradients)
 
     wide = wide_dtype(blocks.query_BTNH.dtype)
     values = None if blocks.distance_bias is None else blocks.distance_bias.values
     biases = Biases(blocks.bias_bnts, values)
     like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, biases)
-    return every(tiling.lanes * tiling.key_blocks, step, _zeros(like, wide))
+    start = jax.tree.map(lambda x: full(blocks.query_BTNH, x.shape, 0, wide), like)
+    return every(tiling.lanes * tiling.key_blocks, step, start)
 
 
-def _zeros(like: Any, dtype: DType | None = None) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), like)
-
-
-def _saved(blocks: Blocks, softmax: Softmax, cotangent: Softmax) -> Saved:
+def _saved(blocks: Blocks, softmax: Softmax, d_context: Array, d_row_sum: Array) -> Saved:
     context, row_max, row_sum = softmax
-    d_context, _, d_row_sum = cotangent
-    # Not as e^(logits - lse): beside a row_max of 1e8, lse = row_max + log(row_sum) is row_max.
-    # Where nothing may be attended e^(logits - inf) is 0, for any logits.
     nowhere = row_sum == 0
     row_max, share = jnp.where(nowhere, jnp.inf, row_max), 1 / jnp.where(nowhere, 1, row_sum)
     delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
@@ -131,7 +132,9 @@ def _key_block(
         compute = lambda: _tile_gradients(  # noqa: E731
             plan, blocks, saved, key_bksh, value_bksv, tile, masked
         )
-        nothing = lambda: _zeros(jax.eval_shape(compute))  # noqa: E731
+        nothing = lambda: jax.tree.map(  # noqa: E731
+            lambda x: full(blocks.query_BTNH, x.shape, 0, x.dtype), jax.eval_shape(compute)
+        )
         return _add(plan, blocks, sums, tile, where_needed(plan, blocks, tile, compute, nothing))
 
     sums = _nothing(plan, gradients)
@@ -149,7 +152,7 @@ def _key_block(
 def _nothing(plan: Plan, gradients: Gradients) -> Sums:
     d_query, d_key, d_value, d_biases = gradients
     b, k, s = plan.tiling.b, plan.tiling.k, plan.tiling.s
-    zeros = lambda x_BSKF: jnp.zeros((b, k, x_BSKF.shape[-1], s), x_BSKF.dtype)  # noqa: E731
+    zeros = lambda x_BSKF: full(x_BSKF, (b, k, x_BSKF.shape[-1], s), 0)  # noqa: E731
     return Sums(zeros(d_key), zeros(d_value), d_query, d_biases)
 
 
@@ -168,7 +171,8 @@ def _tile_gradients(
     rows = (saved.row_max_BNT, saved.share_BNT, saved.delta_BNT)
     row_max_bkr1, share_bkr1, delta_bkr1 = (of_rows(tiling, x, tile)[..., None] for x in rows)
 
-    logits_bkrs, slope_bkrs = tile_logits(plan, blocks, query_bkrh, key_bksh, tile, masked)
+    biases = tile_biases(plan, blocks, tile)
+    logits_bkrs, slope_bkrs = tile_logits(plan, blocks, query_bkrh, key_bksh, biases, tile, masked)
     weights_bkrs = jnp.exp(logits_bkrs - row_max_bkr1) * share_bkr1
     d_weights_bkrs = drop(product(plan, "bkrv,bksv->bkrs", d_context_bkrv, value_bksv))
     d_logits_bkrs = weights_bkrs * (d_weights_bkrs - delta_bkr1)

@@ -29,6 +29,7 @@ from flax_mha.attention.contract import Options
 from flax_mha.attention.distance import DistanceBias, skew
 from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.sizes import as_index, is_known
 from flax_mha.core.typing import Array, Shape
 from flax_mha.masks import Mask
 
@@ -65,8 +66,12 @@ def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
 
 def scaled_queries(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
     """The tile's queries, times the query's part of the scale."""
-    of_query, _ = scales(plan.options, blocks.query_BTNH.dtype)
-    return of_queries(plan.tiling, blocks.query_BTNH, tile) * of_query
+    return scaled(plan, of_queries(plan.tiling, blocks.query_BTNH, tile))
+
+
+def scaled(plan: Plan, query_bkrh: Array) -> Array:
+    of_query, _ = scales(plan.options, query_bkrh.dtype)
+    return query_bkrh * of_query
 
 
 def put_queries(tiling: Tiling, x_BTNF: Array, part_bkrF: Array, tile: Tile) -> Array:
@@ -115,6 +120,21 @@ def product(plan: Plan, equation: str, a: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
 
 
+class TileBiases(NamedTuple):
+    """A tile's part of the dense bias, and its stretch of the distance bias; None = has none."""
+
+    bias_bkGts: Array | None
+    values_nl: Array | None
+
+
+def tile_biases(plan: Plan, blocks: Blocks, tile: Tile) -> TileBiases:
+    bias, distances = blocks.bias_bnts, blocks.distance_bias
+    return TileBiases(
+        None if bias is None else of_scores(plan.tiling, bias, tile),
+        None if distances is None else slice_at(distances.values, *stretch(plan, blocks, tile)),
+    )
+
+
 class TileLogits(NamedTuple):
     """Logits of a tile, -inf where the mask forbids; the soft cap's slope, where there is one."""
 
@@ -123,9 +143,15 @@ class TileLogits(NamedTuple):
 
 
 def tile_logits(
-    plan: Plan, blocks: Blocks, query_bkrh: Array, key_bksh: Array, tile: Tile, masked: bool
+    plan: Plan,
+    blocks: Blocks,
+    query_bkrh: Array,
+    key_bksh: Array,
+    biases: TileBiases,
+    tile: Tile,
+    masked: bool,
 ) -> TileLogits:
-    """cap(scale query . key) + bias, where allowed, of a query from `scaled_queries`."""
+    """cap(scale query . key) + bias, where allowed, of a query that has its part of the scale."""
     tiling, options = plan.tiling, plan.options
     multiply = functools.partial(product, plan, "bkrh,bksh->bkrs")
     product_bkrs = scaled_product(multiply, query_bkrh, key_bksh, options)
@@ -133,11 +159,10 @@ def tile_logits(
     if options.soft_cap is not None:
         slope_bkrs = 1 - (logits_bkrs / options.soft_cap) ** 2
     logits_bkGts = logits_bkrs.reshape(tiling.b, tiling.k, tiling.G, tiling.t, tiling.s)
-    if blocks.bias_bnts is not None:
-        logits_bkGts += of_scores(tiling, blocks.bias_bnts, tile).astype(logits_bkGts.dtype)
-    if blocks.distance_bias is not None:
-        values_nl = slice_at(blocks.distance_bias.values, *stretch(plan, blocks, tile))
-        bias_nts = skew(values_nl, tiling.t, tiling.s).astype(logits_bkGts.dtype)
+    if biases.bias_bkGts is not None:
+        logits_bkGts += biases.bias_bkGts.astype(logits_bkGts.dtype)
+    if biases.values_nl is not None:
+        bias_nts = skew(biases.values_nl, tiling.t, tiling.s).astype(logits_bkGts.dtype)
         logits_bkGts += bias_nts.reshape(1, *logits_bkGts.shape[1:])
     if masked:
         allowed_bkGts = allowed(tiling, blocks.mask, tile)
@@ -181,6 +206,7 @@ def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise
 
 def every(steps: int, step: Any, carry: Any) -> Any:
     """`carry = step(index, carry)` for index = 0, 1, ... steps - 1."""
+    steps = steps if is_known(steps) else as_index(steps)
     # In x64 the loop counts in 64 bits, however its bounds are given; without jit, in Python ints.
     body = lambda index, carry: step(jnp.asarray(index, "int32"), carry)  # noqa: E731
     return jax.lax.fori_loop(0, steps, body, carry)

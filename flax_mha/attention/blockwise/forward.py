@@ -19,13 +19,15 @@ from flax_mha.attention.blockwise.call import (
     put_queries,
     put_rows,
     scaled_queries,
+    tile_biases,
     tile_dropper,
     tile_logits,
     where_needed,
 )
-from flax_mha.attention.blockwise.tiles import Tile, key_spans, place
+from flax_mha.attention.blockwise.tiles import Tile, begin, key_spans
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
+from flax_mha.core.varying import full
 
 
 class Softmax(NamedTuple):
@@ -50,10 +52,11 @@ def forward(plan: Plan, blocks: Blocks) -> Softmax:
     B, T, N, _ = blocks.query_BTNH.shape
 
     def step(index: Array, softmax: Softmax) -> Softmax:
-        return _query_block(plan, blocks, place(tiling, index, tiling.query_blocks), softmax)
+        return _query_block(plan, blocks, begin(tiling, index, tiling.query_blocks), softmax)
 
-    context = jnp.zeros((B, T, N, blocks.value_BSKV.shape[-1]), wide)
-    start = Softmax(context, jnp.zeros((B, N, T), wide), jnp.zeros((B, N, T), wide))
+    zeros = lambda *shape: full(blocks.query_BTNH, shape, 0, wide)  # noqa: E731
+    V = blocks.value_BSKV.shape[-1]
+    start = Softmax(zeros(B, T, N, V), zeros(B, N, T), zeros(B, N, T))
     return every(tiling.lanes * tiling.query_blocks, step, start)
 
 
@@ -83,8 +86,8 @@ def _query_block(
 def _nothing(plan: Plan, blocks: Blocks) -> Rows:
     tiling, wide = plan.tiling, wide_dtype(blocks.query_BTNH.dtype)
     bkr = (tiling.b, tiling.k, tiling.r)
-    V = blocks.value_BSKV.shape[-1]
-    return Rows(jnp.zeros((*bkr, V), wide), jnp.full(bkr, -jnp.inf, wide), jnp.zeros(bkr, wide))
+    of = lambda value, *shape: full(blocks.query_BTNH, shape, value, wide)  # noqa: E731
+    return Rows(of(0, *bkr, blocks.value_BSKV.shape[-1]), of(-jnp.inf, *bkr), of(0, *bkr))
 
 
 def _add_tile(
@@ -92,7 +95,8 @@ def _add_tile(
 ) -> Rows:
     key_bksh = of_keys(plan.tiling, blocks.key_BSKH, tile)
     value_bksv = of_keys(plan.tiling, blocks.value_BSKV, tile)
-    logits_bkrs, _ = tile_logits(plan, blocks, query_bkrh, key_bksh, tile, masked)
+    biases = tile_biases(plan, blocks, tile)
+    logits_bkrs, _ = tile_logits(plan, blocks, query_bkrh, key_bksh, biases, tile, masked)
     row_max_bkr = jnp.maximum(rows.row_max_bkr, logits_bkrs.max(-1))
     # -inf - (-inf) would be NaN: a row that has seen no key yet is shifted by a finite number.
     shift_bkr = jnp.maximum(row_max_bkr, jnp.finfo(row_max_bkr.dtype).min)

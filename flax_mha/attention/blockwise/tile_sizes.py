@@ -16,13 +16,16 @@ forward / forward and backward, 8 heads of 64, the least of many, two cores, jax
 A causal order or a window cuts through the tiles on its edges, whose other half is computed for
 nothing: their blocks are smaller.
 
-Elsewhere all examples and heads stand side by side in each tile: the device spreads them over its
-units, and an axis that is sharded over a mesh is never cut.
+Elsewhere, and on CPUs over which XLA may have spread the arrays, all examples and heads stand side
+by side in each tile: the device spreads them over its units, and a sharded axis that a loop cuts
+would be gathered on every device.
 """
 
+from typing import Any
+
 from flax_mha.attention.blockwise.tiles import Tiling
-from flax_mha.attention.contract import Inputs
-from flax_mha.core.platform import on_cpu
+from flax_mha.core.platform import Place
+from flax_mha.core.sizes import is_known
 
 NUMBERS_A_TILE = 3 << 19
 LARGEST_BLOCK = 1024
@@ -31,24 +34,27 @@ SMALLEST_BANDED_BLOCK = 128
 FEWEST_QUERIES = 64
 
 
-def tiling_of(inputs: Inputs, block_sizes: tuple[int, int] | None = None) -> Tiling:
-    """The tiling of a call; `block_sizes` overrules (t, s)."""
+def tiling_of(inputs: Any, block_sizes: tuple[int, int] | None, place: Place) -> Tiling:
+    """The tiling of a call's `Inputs` or `Blocks`; `block_sizes` overrules (t, s)."""
     (B, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
-    t, s = block_sizes or _block_sizes(inputs)
-    b, k = _examples_and_heads(inputs, N // K * t, s)
+    t, s = block_sizes or _block_sizes(inputs, place)
+    b, k = _examples_and_heads(inputs, N // K * t, s, place)
     return Tiling(B=B, K=K, T=T, S=S, b=b, k=k, t=t, s=s, G=N // K)
 
 
-def _block_sizes(inputs: Inputs) -> tuple[int, int]:
+def _block_sizes(inputs: Any, place: Place) -> tuple[int, int]:
     (_, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
-    largest = _largest_block(*inputs.mask.band)
+    left, right = inputs.mask.band
+    largest = _largest_block(left, right, place)
+    if place.cpu and place.is_shared:
+        largest = _shared_block(inputs, largest, place)
     queries = max(FEWEST_QUERIES, largest // (N // K))  # G heads share keys: a tile has G t rows
     return even_block(T, queries), even_block(S, largest)
 
 
-def _largest_block(left: int | None, right: int | None) -> int:
+def _largest_block(left: int | None, right: int | None, place: Place) -> int:
     """Half of the band's width, within bounds; a block of its own where there is no band."""
-    if left is None and right is None and on_cpu():
+    if left is None and right is None and place.cpu:
         return LARGEST_BLOCK
     if left is None or right is None:
         return LARGEST_BANDED_BLOCK
@@ -63,21 +69,40 @@ def even_block(length: int, largest: int) -> int:
         >>> even_block(1030, 1024), even_block(100, 1024)
         (520, 104)
     """
+    if not is_known(length):
+        return largest
     blocks = max(1, -(-length // largest))
     return max(8, -(-length // (8 * blocks)) * 8)
 
 
-def _examples_and_heads(inputs: Inputs, r: int, s: int) -> tuple[int, int]:
+def _shared_block(inputs: Any, largest: int, place: Place) -> int:
+    """Halved until each device's part of a tile, with its share of all heads, is small enough."""
+    (B, _, N, H), V = inputs.query_BTNH.shape, inputs.value_BSKV.shape[-1]
+    heads = -(-B * N // place.devices) if is_known(B) else N
+    while largest > SMALLEST_BANDED_BLOCK and heads * _numbers(largest, largest, H, V) > (
+        NUMBERS_A_TILE
+    ):
+        largest //= 2
+    return largest
+
+
+def _numbers(r: int, s: int, H: int, V: int) -> int:
+    """Those of a tile: logits; query, context, key and value."""
+    return r * s + (r + s) * (H + V)
+
+
+def _examples_and_heads(inputs: Any, r: int, s: int, place: Place) -> tuple[int, int]:
     """(b, k): how many examples, and key/value heads that r rows and s keys meet, make a tile."""
     (B, _, _, H), (_, _, K, V) = inputs.query_BTNH.shape, inputs.value_BSKV.shape
-    numbers = r * s + (r + s) * (H + V)  # logits; query, context, key and value
-    room = NUMBERS_A_TILE // numbers if on_cpu() else B * K
-    k = _divisor(K, room)
-    b = _divisor(B, room // K) if k == K else 1
+    b, k = B, K
+    if not place.is_shared:
+        room = NUMBERS_A_TILE // _numbers(r, s, H, V)
+        k = _divisor(K, room)
+        b = _divisor(B, room // K) if k == K and is_known(B) else 1
     return (1 if _has_own_distances(inputs) else b), k
 
 
-def _has_own_distances(inputs: Inputs) -> bool:
+def _has_own_distances(inputs: Any) -> bool:
     """Whether every example reads another stretch of the distance bias: they go one by one."""
     bias = inputs.distance_bias
     return bias is not None and bias.query_offset is not None and bias.query_offset.size > 1

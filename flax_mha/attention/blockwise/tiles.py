@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_mha.core.sizes import as_index, is_known
 from flax_mha.core.typing import Array, Shape
 from flax_mha.masks import Mask
 
@@ -57,8 +58,8 @@ class Tiling:
 
     @property
     def ragged(self) -> bool:
-        """Whether the last key block holds positions behind the last key."""
-        return self.S % self.s > 0
+        """Whether the last key block may hold positions behind the last key."""
+        return not is_known(self.S) or self.S % self.s > 0
 
 
 class Tile(NamedTuple):
@@ -78,11 +79,12 @@ class Span(NamedTuple):
     masked: bool
 
 
-def place(tiling: Tiling, index: Array, blocks: int) -> tuple[Array, Array, Array]:
+def begin(tiling: Tiling, index: Array, blocks: int) -> tuple[Array, Array, Array]:
     """(first example, first key/value head, block) of one step among all lanes' blocks."""
-    lane, block = lax.div(index, np.int32(blocks)), lax.rem(index, np.int32(blocks))
+    lane, block = lax.div(index, as_index(blocks)), lax.rem(index, as_index(blocks))
     heads = np.int32(tiling.K // tiling.k)
-    return lax.div(lane, heads) * tiling.b, lax.rem(lane, heads) * tiling.k, block
+    first = lax.div(lane, heads) * as_index(tiling.b)
+    return first, lax.rem(lane, heads) * tiling.k, block
 
 
 def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array) -> list[Span]:
@@ -93,14 +95,15 @@ def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array) -> list[Span]:
     last = i * tiling.t + tiling.t - 1 + highest
     start = None
     if left is not None:  # nothing, where even the first key lies behind the last one
-        start = jnp.where(first - left < tiling.S, (first - left) // tiling.s, tiling.key_blocks)
+        behind = first - left >= as_index(tiling.S)
+        start = jnp.where(behind, as_index(tiling.key_blocks), (first - left) // tiling.s)
     return _spans(
         mask,
         start=start,
         whole_start=None if left is None else -((left - last) // tiling.s),
         whole_stop=_minimum(
             None if right is None else (first + right + 1) // tiling.s,
-            tiling.S // tiling.s if tiling.ragged else None,
+            as_index(tiling.S // tiling.s) if tiling.ragged else None,
         ),
         stop=None if right is None else (last + right) // tiling.s + 1,
         blocks=tiling.key_blocks,
@@ -112,12 +115,12 @@ def query_spans(tiling: Tiling, mask: Mask, b: Array, j: Array) -> list[Span]:
     left, right = mask.band
     lowest, highest = _offset_range(tiling, mask, b)
     first = j * tiling.s - highest
-    last = jnp.minimum(j * tiling.s + tiling.s, tiling.S) - 1 - lowest
+    last = jnp.minimum(j * tiling.s + tiling.s, as_index(tiling.S)) - 1 - lowest
     whole_start = None if right is None else -((right - last) // tiling.t)
     if tiling.ragged:  # of the last key block, every tile is masked
-        is_last = j == tiling.key_blocks - 1
+        is_last = j == as_index(tiling.key_blocks - 1)
         banded = 0 if whole_start is None else whole_start
-        whole_start = jnp.where(is_last, tiling.query_blocks, banded)
+        whole_start = jnp.where(is_last, as_index(tiling.query_blocks), banded)
     return _spans(
         mask,
         start=None if right is None else (first - right) // tiling.t,
@@ -135,6 +138,7 @@ def _spans(
     unbounded = whole_start is None and whole_stop is None
     if blocks == 1:  # no loop: one that may run no step costs more than the step
         return [Span(0, 1, masked=not (unbounded and is_band(mask)))]
+    blocks = blocks if is_known(blocks) else as_index(blocks)
     first = 0 if start is None else jnp.clip(start, 0, blocks)
     end = blocks if stop is None else jnp.clip(stop, first, blocks)
     if not is_band(mask):
@@ -170,7 +174,7 @@ def allowed(tiling: Tiling, mask: Mask, tile: Tile) -> Array:
     row_bt1 = tile.t + jnp.arange(tiling.t, dtype="int32")[None, :, None] + offset_b
     column_11s = tile.s + jnp.arange(tiling.s, dtype="int32")[None, None, :]
     left, right = mask.band
-    parts = [column_11s < tiling.S]
+    parts = [column_11s < as_index(tiling.S)]
     if left is not None:
         parts.append(column_11s - row_bt1 >= -left)
     if right is not None:
