@@ -13,7 +13,7 @@ import pytest
 from attention_cases import CASES
 from helpers import assert_close, normal, x64
 
-from flax_mha import dot_product_attention
+from flax_mha import Mask, dot_product_attention
 
 EXTRAS = ("bias", "sinks", "distance_bias")
 
@@ -140,6 +140,45 @@ def test_each_order_of_each_case(name, derivative):
 @pytest.mark.parametrize("name", ["long causal", "all masks", "sinks"])
 def test_of_the_residuals_too(name, derivative):
     check(DERIVATIVES[derivative], CASES[name], with_residuals=True)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e9, np.finfo("float32").min / 2], ids=str)
+def test_a_shift_of_a_row_s_logits_moves_no_derivative(shift):
+    """Beside a row_max of 1e9 float32 has no digit left for a sum: both say the same of it."""
+    x, d = normal(0, 2, 40, 2, 8), normal(1, 2, 40, 2, 8)
+    bias = jnp.full((1, 1, 40, 1), shift, "float32")
+
+    def attend(name, blocks):
+        call = dict(bias=bias, is_causal=True, implementation=name, block_sizes=blocks)
+        return lambda x: dot_product_attention(x, x, x, **call)
+
+    assert_alike(attend, x, d)
+
+
+@pytest.mark.parametrize("kind", ["padding", "segments"])
+def test_garbage_reaches_no_derivative(kind):
+    """NaN at removed positions, in the arrays and in the direction."""
+    good, T = 24, 40
+    x, d = (normal(i, 2, T, 2, 8).at[:, good:].set(jnp.nan) for i in range(2))
+    ids = (jnp.arange(T)[None] >= good).astype("int32").repeat(2, axis=0)
+    mask = Mask.padding(ids == 0, ids == 0) if kind == "padding" else Mask.segments(ids, ids)
+
+    def attend(name, blocks):
+        call = dict(mask=mask, implementation=name, block_sizes=blocks)
+        return lambda x: dot_product_attention(x, x, x, **call)[:, :good]
+
+    assert_alike(attend, x, d)
+
+
+def assert_alike(attend, x, d):
+    """Blocks against the reference, in float32; finite."""
+    for derivative in (jvp, forward_over_reverse, reverse_over_reverse):
+        f, g = attend("blockwise", (16, 8)), attend("reference", None)
+        run = jax.jit(derivative, static_argnums=0)
+        got, expected = (run(lambda x, f=f: f(x["x"]), {"x": x}, {"x": d}, None) for f in (f, g))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert np.isfinite(a).all(), derivative
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("name", ["query", "value", "bias"])
