@@ -17,7 +17,6 @@ from flax_mha.attention.blockwise.tiles import (
     Tile,
     Tiling,
     allowed,
-    is_band,
     may_meet,
     of_scores,
     per_example,
@@ -36,10 +35,14 @@ from flax_mha.masks import Mask
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static half of a call."""
+    """The static half of a call; `skips` = tiles of which padding leaves nothing are left out.
+
+    Not where devices share a tile: they would have to ask each other, for each of them.
+    """
 
     tiling: Tiling
     options: Options
+    skips: bool
 
 
 @jax.tree_util.register_dataclass
@@ -198,7 +201,7 @@ def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:
 
 def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise: Any) -> Any:
     """`compute()`, or `otherwise()` where padding and segments leave nothing of the tile."""
-    if is_band(blocks.mask) or not blocks.mask.removes_positions:
+    if not plan.skips or not blocks.mask.removes_positions:
         return compute()
     needed = may_meet(plan.tiling, blocks.mask, tile)
     return jax.lax.cond(needed, compute, otherwise)

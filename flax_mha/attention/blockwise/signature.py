@@ -60,7 +60,8 @@ class Signature:
         facts = jax.tree.unflatten(self.facts, arrays[: self.leaves])
         named = dict(zip(self.names, arrays[self.leaves :]))
         blocks = _blocks(facts, named)
-        plan = Plan(tiling_of(blocks, self.options.block_sizes, place), self.options)
+        tiling = tiling_of(blocks, self.options.block_sizes, place)
+        plan = Plan(tiling, self.options, skips=place.devices == 1)
         fill = {name: part.fill for name, part in zip(self.names, self.parts)}
         named = {name: fill[name](plan.tiling, x) for name, x in named.items()}
         facts = dataclasses.replace(facts, mask=_filled_mask(facts.mask, plan))

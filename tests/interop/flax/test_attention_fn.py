@@ -361,8 +361,9 @@ def test_mixed_inputs_meet_in_the_wider_dtype():
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_precision_reaches_both_products(function):
-    text = program(FUNCTIONS[function], precision="highest")
-    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") >= 2
+    run = functools.partial(FUNCTIONS[function], precision="highest")
+    text = jax.jit(run).lower(QUERY, KEY, KEY).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") >= 2
 
 
 # --- flax.nnx -----------------------------------------------------------------------------------
