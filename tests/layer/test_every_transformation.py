@@ -53,9 +53,6 @@ def param(name, implementation, T, dtype):
     ("name", "implementation", "T", "dtype"), [param(*case) for case in cases()]
 )
 def test_equals_the_plain_call(name, implementation, T, dtype):
-    if (name, dtype) == ("shard_map_of_one_axis", "bfloat16"):
-        # Of two plain einsums too: the partitioned sum of 16 bits, "Invalid binary instruction".
-        pytest.skip("XLA's CPU aborts the process at a 16-bit gradient there, jax 0.7.2 to 0.12")
     call = call_of(name, implementation, T, dtype)
     got, expected = TABLE[name].run(call, call.arrays)
     assert_equal(got, expected, tolerance_of(TABLE[name].order, dtype))

@@ -100,9 +100,8 @@ class TileSum(Program):
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
         plan, blocks = self.signature.filled(known, place)
         tiling, wide = plan.tiling, wide_dtype(blocks.query_BTNH.dtype)
-        known_parts = list(zip(self.known, known[self.signature.leaves :]))
-        arrays = [[(p, p.fill(tiling, x)) for p, x in group]
-                  for group in (known_parts, list(zip(self.linear, linear)))]  # fmt: skip
+        fill = lambda parts, xs: [(p, p.fill(tiling, x)) for p, x in zip(parts, xs)]  # noqa: E731
+        arrays = fill(self.known, known[self.signature.leaves :]), fill(self.linear, linear)
 
         def add(tile: Tile, masked: bool, sums: list[Array]) -> list[Array]:
             here = Here(plan, blocks, tile, masked)
