@@ -21,15 +21,23 @@ from flax_mha.core.sizes import at_least
 SMALLEST_SIDE = 96
 SMALLEST_BLOCKWISE = SMALLEST_SIDE**2
 FEWEST_QUERIES = 8
+# What runs over tiles, the first that can serve the call.
+TILED = {"cpu": ("blockwise",), "gpu": ("blockwise",), "tpu": ("blockwise",)}
 RULE = "blockwise from T x S = 96 x 96 and T = 8 on, reference below"
 
 
-def preferred(able: Sequence[str], inputs: Inputs) -> str:
-    """The name to run among those that can serve the call."""
-    if len(able) == 1:
-        return able[0]
-    T, S = inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1]
-    return "blockwise" if _is_large(T, S) else "reference"
+def preferred(able: Sequence[str], inputs: Inputs, platform: str) -> str:
+    """The name to run on a platform, among those that can serve the call there."""
+    if not prefers_tiles(able, inputs):
+        return "reference"
+    return next(name for name in TILED[platform] if name in able)
+
+
+def prefers_tiles(able: Sequence[str], inputs: Inputs) -> bool:
+    """Whether to run over tiles: on every platform alike, for a trace does not know which."""
+    if "reference" not in able or "blockwise" not in able:
+        return "blockwise" in able
+    return _is_large(inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1])
 
 
 def _is_large(T: Any, S: Any) -> bool:

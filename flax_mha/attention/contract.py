@@ -2,8 +2,11 @@
 
 An implementation is a module with two functions:
 
-    unsupported(inputs, options) -> str | None   the reason why it cannot serve a call, or None
-    attend(inputs, options) -> Output            the attention itself
+    unsupported(inputs, options, platform) -> str | None
+        The reason why it cannot serve a call there, or None. The platform is one of `PLATFORMS`;
+        None = the one that the call will be lowered for, which a trace cannot know.
+    attend(inputs, options) -> Output
+        The attention itself. Lowered for a platform that it does not serve, it must raise.
 
 Both see arrays of canonical rank whose shapes were checked.
 """

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from flax_mha.attention import blockwise, reference
+from flax_mha.attention import blockwise, by_platform, reference
 from flax_mha.attention.canonical import canonical
-from flax_mha.attention.choice import RULE, preferred
+from flax_mha.attention.choice import RULE, preferred, prefers_tiles
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of
@@ -16,6 +16,7 @@ from flax_mha.attention.quarantine import poison, quarantine
 from flax_mha.attention.sinks import with_sinks
 from flax_mha.core import checks
 from flax_mha.core.meshes import axes_of, spec, with_auto_axes
+from flax_mha.core.platform import PLATFORMS
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
 
@@ -121,7 +122,7 @@ def dot_product_attention(
 
     def attend(data: Any) -> Any:
         inputs, options = canonical(**data, **static)
-        output = run(choose(implementation, inputs, options), inputs, options)
+        output = run(chosen(implementation, inputs, options), inputs, options)
         return _restore(output, query.shape[:-3], options)
 
     wanted = (return_weights, return_residuals)
@@ -142,7 +143,13 @@ def _placed(query: Array, key: Array, value: Array, weights: bool, residuals: bo
 
 
 def explain(
-    query: Any, key: Any, value: Any, *, implementation: str | None = None, **call: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    platform: str | None = None,
+    implementation: str | None = None,
+    **call: Any,
 ) -> dict[str, str]:
     """Says for each implementation whether it can serve a call: "ok" or its reason.
 
@@ -150,6 +157,7 @@ def explain(
         query: as in `dot_product_attention`; a `jax.ShapeDtypeStruct` does, here and below.
         key: as in `dot_product_attention`.
         value: as in `dot_product_attention`.
+        platform: "cpu", "gpu" or "tpu", on which it would run; None = that of this process.
         implementation: checked to be a name, and not used: a call's arguments pass as they are.
         **call: any further argument of `dot_product_attention`.
 
@@ -163,10 +171,12 @@ def explain(
     Example:
         >>> import jax, jax.numpy as jnp, flax_mha
         >>> x = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.float32)
-        >>> flax_mha.explain(x, x, x, return_weights=True)["blockwise"]
+        >>> flax_mha.explain(x, x, x, return_weights=True, platform="tpu")["blockwise"]
         'it never holds the weights [T, S] that return_weights asks for'
     """
     _known(implementation)
+    where = jax.default_backend() if platform is None else platform
+    checks.one_of("platform", where, PLATFORMS)
     bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
     bound.apply_defaults()
     bound.arguments["mask"] = _before_tracing(bound.arguments["mask"])
@@ -177,10 +187,10 @@ def explain(
     def trace(data: Any) -> None:
         inputs, options = canonical(**data, **static)
         for name in IMPLEMENTATIONS:
-            reasons[name] = reason(name, inputs, options) or "ok"
-        names = able(inputs, options)
+            reasons[name] = reason(name, inputs, options, where) or "ok"
+        names = [name for name, text in reasons.items() if text == "ok"]
         why = RULE if len(names) > 1 else "no other can"
-        reasons[preferred(names, inputs)] += f", and None chooses it: {why}"
+        reasons[preferred(names, inputs, where)] += f", and None chooses it: {why}"
 
     automatic = lambda data: with_auto_axes(trace, spec, data)  # noqa: E731
     jax.eval_shape(automatic, {name: bound.arguments[name] for name in DATA})
@@ -194,28 +204,28 @@ def _before_tracing(mask: Any) -> Any:
     return checks.boolean_mask("mask", mask)
 
 
-def reason(name: str, inputs: Inputs, options: Options) -> str | None:
-    """Why the implementation cannot serve the call; None where it can."""
-    return IMPLEMENTATIONS[name].unsupported(inputs, options)
+def reason(name: str, inputs: Inputs, options: Options, platform: str | None) -> str | None:
+    """Why the implementation cannot serve the call on a platform; None where it can."""
+    return IMPLEMENTATIONS[name].unsupported(inputs, options, platform)
 
 
 def able(inputs: Inputs, options: Options) -> list[str]:
-    """The names of the implementations that can serve the call."""
-    return [name for name in IMPLEMENTATIONS if reason(name, inputs, options) is None]
+    """The names of the implementations that can serve the call, each where it can run."""
+    return [name for name in IMPLEMENTATIONS if reason(name, inputs, options, None) is None]
 
 
-def choose(implementation: str | None, inputs: Inputs, options: Options) -> str:
+def chosen(implementation: str | None, inputs: Inputs, options: Options) -> Any:
     """The named implementation or an error; only None chooses, by `choice`'s rule."""
     names = able(inputs, options)
     if implementation is None:
-        return preferred(names, inputs)
+        return by_platform if prefers_tiles(names, inputs) else reference
     _known(implementation)
     if implementation not in names:
-        why = reason(implementation, inputs, options)
+        why = reason(implementation, inputs, options, None)
         rule = f"implementation={implementation!r} cannot serve this call: {why}."
         evidence = _described(inputs, options)
         checks.fail(NotImplementedError, rule, evidence, f"Those that can: {names}.")
-    return implementation
+    return IMPLEMENTATIONS[implementation]
 
 
 def _described(inputs: Inputs, options: Options) -> str:
@@ -228,10 +238,10 @@ def _described(inputs: Inputs, options: Options) -> str:
     return ", ".join([*shapes, *given])
 
 
-def run(name: str, inputs: Inputs, options: Options) -> Output:
-    """Runs one implementation on inputs from which removed positions are kept away."""
+def run(implementation: Any, inputs: Inputs, options: Options) -> Output:
+    """Runs one on inputs from which removed positions are kept away."""
     safe, broken_BT = quarantine(inputs)
-    output = with_sinks(IMPLEMENTATIONS[name].attend(safe, options), inputs.sinks_N)
+    output = with_sinks(implementation.attend(safe, options), inputs.sinks_N)
     return output._replace(context_BTNV=poison(output.context_BTNV, broken_BT))
 
 

@@ -14,8 +14,8 @@ from flax_mha.core.sizes import at_least
 from flax_mha.core.typing import Array
 
 
-def unsupported(inputs: Inputs, options: Options) -> str | None:
-    """The reference serves every call; it has no blocks whose size could be chosen."""
+def unsupported(inputs: Inputs, options: Options, platform: str | None) -> str | None:
+    """The reference serves every call, everywhere; it has no blocks whose size could be chosen."""
     return None if options.block_sizes is None else "it has no blocks, so block_sizes must be None"
 
 

@@ -5,28 +5,34 @@ from typing import Any, NamedTuple
 
 import jax
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+
 
 class Place(NamedTuple):
-    """Whether it is a CPU, and over how many devices XLA may spread what is computed."""
+    """One of `PLATFORMS`, and over how many devices XLA may spread what is computed."""
 
-    cpu: bool
+    platform: str
     devices: int = 1
 
     @classmethod
     def here(cls) -> "Place":
         """One device of the machine that asks."""
-        return cls(jax.default_backend() == "cpu")
+        return cls(jax.default_backend())
 
     @classmethod
-    def lowered_for(cls, context: Any, cpu: bool) -> "Place":
+    def lowered_for(cls, context: Any, platform: str) -> "Place":
         """From a lowering rule's context: the devices that no `shard_map` has divided by hand."""
         axes = context.module_context.axis_context
         if hasattr(axes, "num_devices"):
-            return cls(cpu, axes.num_devices)
+            return cls(platform, axes.num_devices)
         if not hasattr(axes, "manual_axes"):  # the pmap of jax 0.7: every replica is a program
-            return cls(cpu)
+            return cls(platform)
         free = [size for name, size in axes.mesh.shape.items() if name not in axes.manual_axes]
-        return cls(cpu, math.prod(free))
+        return cls(platform, math.prod(free))
+
+    @property
+    def cpu(self) -> bool:
+        return self.platform == "cpu"
 
     @property
     def is_shared(self) -> bool:

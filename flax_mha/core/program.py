@@ -108,8 +108,8 @@ def _types(*types: Any, **call: Any) -> Any:
     return jax.make_jaxpr(functools.partial(_run, **call, place=Place.here()))(*types).out_avals
 
 
-def _lowered(context: Any, *arrays: Any, cpu: bool, **call: Any) -> Any:
-    run = functools.partial(_run, place=Place.lowered_for(context, cpu))
+def _lowered(context: Any, *arrays: Any, platform: str, **call: Any) -> Any:
+    run = functools.partial(_run, place=Place.lowered_for(context, platform))
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays, **call)
 
 
@@ -152,5 +152,8 @@ _program_p.def_abstract_eval(_types)
 ad.primitive_jvps[_program_p] = _jvp
 ad.primitive_transposes[_program_p] = _transpose
 batching.primitive_batchers[_program_p] = _batch
-mlir.register_lowering(_program_p, functools.partial(_lowered, cpu=False))
-mlir.register_lowering(_program_p, functools.partial(_lowered, cpu=True), platform="cpu")
+# Under JAX's names of platforms; what has none of these is taken for a GPU.
+mlir.register_lowering(_program_p, functools.partial(_lowered, platform="gpu"))
+for _platform in ("cpu", "tpu"):
+    _rule = functools.partial(_lowered, platform=_platform)
+    mlir.register_lowering(_program_p, _rule, platform=_platform)

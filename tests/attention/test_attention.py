@@ -252,7 +252,7 @@ class Picky:
     """A stand-in that cannot do causal attention, and marks what it serves."""
 
     @staticmethod
-    def unsupported(inputs, options):
+    def unsupported(inputs, options, platform):
         return "it knows no causal order" if inputs.mask.band != (None, None) else None
 
     @staticmethod

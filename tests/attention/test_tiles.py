@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_close, normal
 
 from flax_mha import Mask
+from flax_mha.attention.blockwise.engine import Blocks
 from flax_mha.attention.blockwise.programs import Forward
 from flax_mha.attention.blockwise.signature import Facts, Signature
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
@@ -16,7 +17,7 @@ from flax_mha.attention.blockwise.tiles import Tile, Tiling, allowed, key_spans,
 from flax_mha.attention.contract import Inputs, Options
 from flax_mha.core.platform import Place
 
-CPU = Place(cpu=True)
+CPU = Place("cpu")
 LENGTHS = [(13, 13), (13, 22), (22, 13), (16, 16), (1, 9)]
 BLOCKS = [(4, 4), (4, 8), (8, 4), (5, 12), (32, 32)]
 BANDS = [(None, None), (None, 0), (0, None), (3, 3), (0, 0), (7, 0), (None, 5), (1, None)]
@@ -117,14 +118,14 @@ def test_a_tile_on_cpu_is_large_enough_for_two_cores_and_small_enough_for_the_ca
 
 def test_elsewhere_examples_and_heads_are_never_cut():
     """A sharded axis that a loop cuts would be gathered on every device."""
-    tpu = Place(cpu=False)
+    tpu = Place("tpu")
     assert sizes_of(4096, 4096, B=16, place=tpu) == (16, 8, 512, 512)
     assert sizes_of(130, 4096, B=3, K=2, mask=Mask.causal(), place=tpu) == (3, 2, 72, 512)
 
 
 def test_cpus_that_share_an_array_cut_its_lengths_alone():
     """Each device's part of a tile, of 16 heads a device here, stays in its cache."""
-    eight = Place(cpu=True, devices=8)
+    eight = Place("cpu", devices=8)
     assert sizes_of(512, 512, B=16, place=eight) == (16, 8, 128, 128)
     assert sizes_of(4096, 4096, B=1, place=eight) == (1, 8, 1024, 1024)
     assert sizes_of(4096, 4096, B=64, place=eight) == (64, 8, 128, 128)
@@ -138,8 +139,8 @@ def test_the_numbers_are_the_same_elsewhere(is_causal):
     facts = Facts(Mask.causal() if is_causal else Mask(), None, None, None, 0)
     signature = Signature.of(options, facts, dict(zip(("query", "key", "value"), arrays)))
     known = [*jax.tree.leaves(facts), *arrays]
-    places = (CPU, Place(cpu=False))
+    places = (CPU, Place("tpu"))
     tilings = [signature.filled(known, place)[0].tiling for place in places]
-    here, elsewhere = (Forward(signature).run(known, [], place) for place in places)
+    here, elsewhere = (Forward(Blocks(), signature).run(known, [], place) for place in places)
     assert (tilings[0].lanes, tilings[1].lanes) == (1, 1)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), elsewhere, here)

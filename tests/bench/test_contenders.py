@@ -169,7 +169,7 @@ def test_a_layer_without_dropout_says_so():
 
 
 def test_an_implementation_that_cannot_gives_its_reason(monkeypatch):
-    def unsupported(inputs, options):
+    def unsupported(inputs, options, platform):
         return "it is broken today"
 
     monkeypatch.setattr("flax_mha.attention.blockwise.unsupported", unsupported)

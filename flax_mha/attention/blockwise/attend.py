@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from flax_mha.attention.blockwise.engine import Blocks, Engine
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.blockwise.programs import Forward, Tangent
 from flax_mha.attention.blockwise.signature import Facts, Signature
@@ -27,8 +28,8 @@ from flax_mha.core.typing import Array
 from flax_mha.core.varying import varying_alike
 
 
-def unsupported(inputs: Inputs, options: Options) -> str | None:
-    """Everything is served but the weights, which never exist as a whole."""
+def unsupported(inputs: Inputs, options: Options, platform: str | None) -> str | None:
+    """Everything is served everywhere but the weights, which never exist as a whole."""
     if options.return_weights:
         return "it never holds the weights [T, S] that return_weights asks for"
     return None
@@ -36,11 +37,16 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 
 def attend(inputs: Inputs, options: Options) -> Output:
     """context = dropout(softmax(scale query . key + bias)) . value, block by block."""
+    return attend_by(Blocks(), inputs, options)
+
+
+def attend_by(engine: Engine, inputs: Inputs, options: Options) -> Output:
+    """The same, where `engine` computes the result and its first gradient."""
     if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):
         return _nothing(inputs)
     facts, arrays = _split(varying_alike(inputs), options)
     signature = Signature.of(options, facts, arrays)
-    context, row_max, row_sum = _softmax(signature, facts, tuple(arrays.values()))
+    context, row_max, row_sum = _softmax(engine, signature, facts, tuple(arrays.values()))
     dtype = inputs.value_BSKV.dtype
     return Output(context.astype(dtype), None, Residuals(row_max, row_sum))
 
@@ -75,24 +81,29 @@ def _split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
 
 def _widest(inputs: Inputs, options: Options) -> int:
     """At least t + s, wherever the call runs."""
-    places = (Place(cpu=True), Place(cpu=True, devices=2), Place(cpu=False))
+    places = (Place("cpu"), Place("cpu", devices=2), Place("gpu"), Place("tpu"))
     tilings = [tiling_of(inputs, options.block_sizes, place) for place in places]
     return max(tiling.t + tiling.s for tiling in tilings)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _softmax(signature: Signature, facts: Facts, arrays: tuple[Array, ...]) -> Softmax:
-    return Softmax(*apply(Forward(signature), [*jax.tree.leaves(facts), *arrays]))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _softmax(
+    engine: Engine, signature: Signature, facts: Facts, arrays: tuple[Array, ...]
+) -> Softmax:
+    return Softmax(*apply(Forward(engine, signature), [*jax.tree.leaves(facts), *arrays]))
 
 
-def _tangent(signature: Signature, primals: Any, tangents: Any) -> tuple[Softmax, Softmax]:
+def _tangent(
+    engine: Engine, signature: Signature, primals: Any, tangents: Any
+) -> tuple[Softmax, Softmax]:
     (facts, arrays), (_, moved) = primals, tangents
-    context, *rows = _softmax(signature, facts, arrays)
+    context, *rows = _softmax(engine, signature, facts, arrays)
     context, residuals = named(context, Residuals(*rows))
     softmax = Softmax(context, *residuals)
     moving = {n: x for n, x in zip(signature.names, moved) if not isinstance(x, SymbolicZero)}
     known = [*jax.tree.leaves(facts), *arrays, *softmax]
-    d_context, d_row_sum = apply(Tangent.of(signature, tuple(moving)), known, list(moving.values()))
+    program = Tangent.of(engine, signature, tuple(moving))
+    d_context, d_row_sum = apply(program, known, list(moving.values()))
     still = jnp.zeros_like(softmax.row_max_BNT)  # the result is the same for every row_max
     return softmax, Softmax(d_context, still, d_row_sum)
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention.blockwise.backward import backward
 from flax_mha.attention.blockwise.call import (
     TileBiases,
     product,
@@ -23,11 +22,11 @@ from flax_mha.attention.blockwise.call import (
     tile_dropper,
     tile_logits,
 )
-from flax_mha.attention.blockwise.forward import Softmax, forward
-from flax_mha.attention.blockwise.parts import Here, Queries, Rows
+from flax_mha.attention.blockwise.engine import Engine, softmax_parts
+from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.parts import Here
 from flax_mha.attention.blockwise.signature import Signature
 from flax_mha.attention.blockwise.tile_sum import TileSum
-from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.platform import Place
 from flax_mha.core.program import Program
 from flax_mha.core.typing import Array
@@ -37,6 +36,7 @@ from flax_mha.core.typing import Array
 class Forward(Program):
     """(arrays of the signature) -> (context, row_max, row_sum)."""
 
+    engine: Engine
     signature: Signature
 
     @property
@@ -44,29 +44,27 @@ class Forward(Program):
         return len(Softmax._fields)
 
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
-        plan, blocks = self.signature.filled(known, place)
-        context, row_max, row_sum = forward(plan, blocks)
-        T = plan.tiling.T
-        return [context[:, :T], row_max[..., :T], row_sum[..., :T]]
+        return list(self.engine.forward(self.signature, known, place))
 
 
+@dataclasses.dataclass(frozen=True)
 class Tangent(TileSum):
     """(arrays of the signature, the softmax; d_query, d_key, ...) -> (d_context, d_row_sum)."""
 
     function: "_TileTangent"
+    engine: Engine
 
     @classmethod
-    def of(cls, signature: Signature, moving: tuple[str, ...]) -> "Tangent":
+    def of(cls, engine: Engine, signature: Signature, moving: tuple[str, ...]) -> "Tangent":
         named = dict(zip(signature.names, signature.parts))
-        (B, T, N, _), V = named["query"].shape, named["value"].shape[-1]
-        wide = wide_dtype(named["query"].dtype)
-        context, row = Queries((B, T, N, V), wide), Rows((B, N, T), wide)
+        softmax = softmax_parts(signature)
         return cls(
             signature,
             _TileTangent(signature.names, moving, named["query"].dtype),
-            (*signature.parts, context, row, row),
+            (*signature.parts, *softmax),
             tuple(named[name] for name in moving),
-            (context, row),
+            (softmax.context_BTNV, softmax.row_sum_BNT),
+            engine,
         )
 
     def transpose(self) -> "Gradient":
@@ -85,21 +83,12 @@ class Gradient(Program):
 
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
         split = len(known) - len(Softmax._fields)
-        plan, blocks = self.of.signature.filled(known[:split], place)
-        rows = zip((*self.of.known[-3:], *self.of.outputs), (*known[split:], *linear))
-        *softmax, d_context, d_row_sum = (part.fill(plan.tiling, x) for part, x in rows)
-        d_query, d_key, d_value, d_biases = backward(
-            plan, blocks, Softmax(*softmax), (d_context, d_row_sum)
+        arrays, softmax, (d_context, d_row_sum) = known[:split], Softmax(*known[split:]), linear
+        gradients = self.of.engine.backward(
+            self.of.signature, arrays, softmax, (d_context, d_row_sum), place
         )
-        gradients: dict[str, Any] = {
-            "query": d_query,
-            "key": d_key,
-            "value": d_value,
-            "bias": d_biases.bias_bnts,
-            "distances": d_biases.values_NL,
-        }
         moving = zip(self.of.function.moving, self.of.linear)
-        return [part.trim(gradients[name]).astype(part.dtype) for name, part in moving]
+        return [gradients[name].astype(part.dtype) for name, part in moving]
 
     def transpose(self) -> Tangent:
         return self.of

@@ -1,0 +1,44 @@
+"""What `implementation=None` runs over tiles: a kernel or plain blocks, told when it is lowered."""
+
+import dataclasses
+
+from flax_mha.attention.blockwise.attend import attend_by
+from flax_mha.attention.blockwise.engine import (
+    Blocks,
+    Cotangents,
+    Engine,
+    Gradients,
+)
+from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.signature import Signature
+from flax_mha.attention.contract import Inputs, Options, Output
+from flax_mha.core.platform import Place
+from flax_mha.core.typing import Array
+
+
+def attend(inputs: Inputs, options: Options) -> Output:
+    """The call by the engine of the platform that it is lowered for."""
+    return attend_by(_ByPlatform(()), inputs, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByPlatform:
+    """The engine of each platform that has one of its own; blocks elsewhere."""
+
+    own: tuple[tuple[str, Engine], ...]
+
+    def at(self, place: Place) -> Engine:
+        return dict(self.own).get(place.platform, Blocks())
+
+    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
+        return self.at(place).forward(signature, known, place)
+
+    def backward(
+        self,
+        signature: Signature,
+        known: list[Array],
+        softmax: Softmax,
+        cotangents: Cotangents,
+        place: Place,
+    ) -> Gradients:
+        return self.at(place).backward(signature, known, softmax, cotangents, place)
