@@ -27,6 +27,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # slow.
 THINNED = {
     "attention/test_attention.py": 11,
+    "attention/test_cudnn.py": 5,
     "attention/test_derivatives.py": 13,
     "attention/test_dropout.py": 4,
     "attention/test_shifts.py": 40,

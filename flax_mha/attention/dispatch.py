@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from flax_mha.attention import blockwise, by_platform, reference
+from flax_mha.attention import blockwise, by_platform, cudnn, reference
 from flax_mha.attention.canonical import canonical
 from flax_mha.attention.choice import RULE, preferred, prefers_tiles
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
@@ -20,7 +20,11 @@ from flax_mha.core.platform import PLATFORMS
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
 
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "blockwise": blockwise}
+IMPLEMENTATIONS: dict[str, Any] = {
+    "reference": reference,
+    "blockwise": blockwise,
+    "cudnn": cudnn,
+}
 # The arguments of a call that are arrays or hold some; all others are static.
 DATA = (
     *("query", "key", "value", "mask", "bias", "distance_bias", "sinks"),

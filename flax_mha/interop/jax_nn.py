@@ -11,10 +11,7 @@ from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
-REMEDIES = {
-    "xla": "implementation='reference' is the same einsum, softmax, einsum.",
-    "cudnn": "For cuDNN call `jax.nn.dot_product_attention` itself.",
-}
+REMEDIES = {"xla": "implementation='reference' is the same einsum, softmax, einsum."}
 
 
 def dot_product_attention(
@@ -56,7 +53,7 @@ def dot_product_attention(
         `[B, T, N]` or `[T, N]`.
 
     Raises:
-        NotImplementedError: `implementation` is jax.nn's "xla" or "cudnn", or cannot serve this.
+        NotImplementedError: `implementation` is jax.nn's "xla", or cannot serve this.
         ValueError: shapes that do not fit.
         TypeError: a float mask, an integer query, mixed dtypes.
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_trees_close, normal
+from implementations import rows
 
 from flax_mha import (
-    IMPLEMENTATIONS,
     Mask,
     MultiHeadAttentionConfig,
     dot_product_attention,
@@ -61,7 +61,7 @@ def test_tiles_without_a_common_segment_are_skipped():
     assert "stablehlo.case" not in jax.jit(plain).lower(x).as_text()
 
 
-@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", rows())
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["padding", "segments"])
 def test_garbage_reaches_nothing(implementation, garbage, kind):
