@@ -1,14 +1,13 @@
 """Every test runs strictly: no implicit promotion, warnings are errors, 8 virtual CPU devices.
 
-Compiled programs are kept in `.pytest_cache`, for all workers and for the next run.
+Those of `tests/accelerators`, run alone, have the machine's own devices. Compiled programs are kept
+in `.pytest_cache`, for all workers and for the next run.
 """
 
 import os
 import pathlib
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["MPLBACKEND"] = "agg"
 
 import jax
@@ -62,6 +61,16 @@ THINNED = {
     "test_persistence.py": 4,
     "training/test_updates.py": 4,
 }
+
+
+def pytest_configure(config):
+    """Before any device is asked for: the CPU, unless the accelerators' tests are all there is."""
+    files = [config.invocation_params.dir / path.partition("::")[0] for path in config.args]
+    if all(path.resolve().is_relative_to(TESTS / "accelerators") for path in files):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    jax.config.update("jax_platforms", "cpu")
 
 
 @pytest.hookimpl(tryfirst=True)
