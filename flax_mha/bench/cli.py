@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_mha.bench.accelerator import cli as accelerator
 from flax_mha.bench.cases import SETS, BenchError, Case
 from flax_mha.bench.environment import describe, set_omp_wait
 from flax_mha.bench.peers import CONTENDERS, PEERS
@@ -18,6 +19,7 @@ examples:
   python -m flax_mha.bench                       a look, in about a minute
   python -m flax_mha.bench --set readme          the README's sizes; the longest
   python -m flax_mha.bench --set crossover       what implementation=None should choose here
+  python -m flax_mha.bench --set accelerator     attention on a GPU or TPU; its own --help
   python -m flax_mha.bench --case '4x2048x768x12 FB causal' --contenders ours,keras
 
 a case: BxTxDxN, then any of F, FB (gradient), causal, dropout=RATE, window=KEYS, alone"""
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if _set_of(words) == "accelerator":  # attention of arrays, with options of its own
+        return accelerator.main(words)
     options = _parser().parse_args(words)
     try:
         settings = _settings(options)
@@ -48,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted: bench.json holds the cases until now", file=sys.stderr)
         return 130
     return 0 if right else 1
+
+
+def _set_of(words: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", nargs="?")
+    return parser.parse_known_args(words)[0].set
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -87,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--set", choices=SETS, help="a list of cases (default: quick)")
+    parser.add_argument(
+        "--set", choices=(*SETS, "accelerator"), help="a list of cases (default: quick)"
+    )
     parser.add_argument("--case", dest="cases", action="append", default=[], help="see below")
     parser.add_argument("--contenders", metavar="A,B", help=f"of: {', '.join(CONTENDERS)}")
     _add_amounts(parser)

@@ -90,7 +90,15 @@ def save(result: Run, directory: Path) -> None:
     """
     goals = targets(result) if result.finished else []
     found = crossovers(result) if result.finished else {}
-    text = json.dumps(result.to_dict(goals, found), indent=1)
+    write(json.dumps(result.to_dict(goals, found), indent=1), directory)
+
+
+def write(text: str, directory: Path) -> None:
+    """Replaces a directory's bench.json as a whole.
+
+    Raises:
+        BenchError: the directory cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         unfinished = directory / ".unfinished-bench.json"

@@ -46,8 +46,8 @@ LARGE = {
     "bias of examples, causal": Case(
         {"bias": normal(8, 2, 1, 1, 256), "is_causal": True}, sizes=(2, 256, 256, 4, 1, 64, 64)
     ),
-    "bias, far below a mask": Case(
-        {"bias": normal(8, 4, 256, 256) - 6e4, "mask": Mask.padding(key=real(256, 256, 77))},
+    "additive mask": Case(
+        {"bias": np.where(real(256, 256, 77)[:, None, None], normal(8, 1, 4, 256, 256), -1e9)},
         sizes=(2, 256, 256, 4, 4, 64, 64),
     ),
     "distance bias": Case(
