@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bench_helpers import SMALL, ours_but
 from helpers import assert_close
+from implementations import ELSEWHERE
 
 from flax_mha.bench import peers
 from flax_mha.bench.cases import Case
@@ -61,7 +62,11 @@ def test_everyone_computes_the_textbooks_output(name):
 )
 @pytest.mark.parametrize("name", peers.CONTENDERS)
 def test_every_contender_in_every_variant(name, variant):
-    if name == "haiku" and "dropout" in variant:
+    if name.removeprefix("ours/") in ELSEWHERE:
+        case, data, _ = _prepared(f"{SMALL} {variant}")
+        with pytest.raises(Unserved, match=ELSEWHERE[name.removeprefix("ours/")]):
+            peers.builder(name)(case, data)
+    elif name == "haiku" and "dropout" in variant:
         _require(name)
         case, data, _ = _prepared(f"{SMALL} {variant}")
         with pytest.raises(Unserved, match="has no dropout"):
