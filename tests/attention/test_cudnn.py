@@ -266,8 +266,10 @@ def test_a_query_without_a_key_is_0_and_so_are_its_gradients(by_xla):
     context, gradients = check({"mask": mask}, values)
     assert (context[:, 1::3] == 0).all()
     assert (gradients["query"][:, 1::3] == 0).all()
-    everyone = by_xla[0][0][4]  # no softmax of nothing reaches the kernel
-    assert everyone.shape == (B, 1, T, S)
+    dot_product_attention(*values, mask=mask, implementation="cudnn")
+    given = by_xla[-1][0][4]
+    assert given.shape == (B, 1, T, S)
+    assert given.any(-1).all()  # no softmax of nothing reaches the kernel
     _, none = check({"mask": np.zeros((T, S), bool)}, values)
     assert all((x == 0).all() for x in none.values())
 
@@ -307,6 +309,19 @@ def test_an_additive_mask_of_any_kind(least, by_xla):
     plain = dot_product_attention(*values, implementation="reference")
     assert_close(context[0, 2], 0 * plain[0, 2] if np.isinf(least) else plain[0, 2], "float16")
     assert all(np.isfinite(x).all() for x in gradients.values())
+
+
+@needs_bias
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_a_padded_key_adds_moves_nothing(dtype, by_xla):
+    """A row's largest bias is that of the keys it may attend to; all stay finite in 16 bits."""
+    bias = normal(4, B, N, T, S).at[..., S // 2 :].set(1e9).at[..., 0].set(-1e9)
+    call = {"bias": bias, "mask": np.arange(S) < S // 2}
+    values = arrays(*SIZES, dtype=dtype)
+    check(call, values)
+    dot_product_attention(*values, **call, implementation="cudnn")
+    given = by_xla[-1][0][3].astype("float32")
+    assert cudnn.FORBIDDEN[dtype] <= given.min() < given.max() == 0
 
 
 @needs_bias
