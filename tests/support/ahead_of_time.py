@@ -1,0 +1,47 @@
+"""Programs compiled for accelerators that this machine does not have: libtpu alone is needed.
+
+A test that uses it begins with `pytest.importorskip("libtpu", reason=...)`. Compiled means that the
+vendor's compiler took the program; what it says of memory and cycles is the compiler's account.
+"""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Read when libtpu starts, which is at the first topology: where it must not look for chips.
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes at once otherwise abort on a lock file
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def devices_of(topology="v5e:2x2"):
+    """The chips of a topology, as `jax.devices()` would give them on one."""
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def placed(args, topology="v5e:2x2"):
+    """Shapes and dtypes of `args`, on one chip; what says where it stands, stays there."""
+    mesh = Mesh(np.array(devices_of(topology)[:1]), ("chip",))
+    one = NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+        own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own or one)
+
+    return jax.tree.map(place, args)
+
+
+def compile(function, args, topology="v5e:2x2", **jit):
+    """`function(*args)` compiled for the topology; `jit` holds options of `jax.jit`.
+
+    `args` are trees of arrays or of `ShapeDtypeStruct`s. What a mesh of `devices_of(topology)`
+    divides carries its sharding: `ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(...))`.
+    """
+    return jax.jit(function, **jit).lower(*placed(args, topology)).compile()
