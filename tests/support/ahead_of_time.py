@@ -4,7 +4,10 @@ A test that uses it begins with `pytest.importorskip("libtpu", reason=...)`. Com
 vendor's compiler took the program; what it says of memory and cycles is the compiler's account.
 """
 
+import dataclasses
+import math
 import os
+import re
 
 import jax
 import numpy as np
@@ -45,3 +48,38 @@ def compile(function, args, topology="v5e:2x2", **jit):
     divides carries its sharding: `ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(...))`.
     """
     return jax.jit(function, **jit).lower(*placed(args, topology)).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One instruction that a compiled program runs; what fusions hold inside is none."""
+
+    name: str
+    opcode: str
+    bytes: int  # of its result
+    on_chip: bool  # whether that lies in the chip's own memory
+    operands: tuple[str, ...]
+
+
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def steps_of(compiled):
+    """The steps of a program and of its loops' bodies, each once, from the text that XLA gives."""
+    inside = set(re.findall(r" (?:calls|to_apply)=%?([\w.\-]+)", compiled.as_text()))
+    steps, computation = [], None
+    for line in compiled.as_text().splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = opened[1]
+        step = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)[,\s]?", line)
+        if step and computation not in inside:
+            shape, names = step[2], re.findall(r"%([\w.\-]+)", step[4])
+            steps.append(Step(step[1], step[3], _bytes(shape), "S(1)" in shape, tuple(names)))
+    return steps
+
+
+def _bytes(shape):
+    """Those of the largest array in a result's type."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    sizes = [WIDTHS.get(t, 8) * math.prod(int(n) for n in d.split(",") if n) for t, d in arrays]
+    return max(sizes, default=0)
