@@ -128,7 +128,7 @@ def test_a_tile_on_a_tpu_fills_its_lanes_and_stays_in_its_own_memory():
     tpu = Place("tpu")
     assert sizes_of(4096, 4096, H=128, place=tpu) == (1, 8, 512, 1024)
     assert sizes_of(4096, 4096, mask=Mask.causal(), place=tpu) == (1, 8, 512, 1024)
-    assert sizes_of(4096, 4096, mask=Mask.window(255, 0), place=tpu) == (1, 8, 128, 128)
+    assert sizes_of(4096, 4096, mask=Mask.window(255, 0), place=tpu) == (1, 8, 256, 256)
     assert sizes_of(4096, 4096, B=16, H=128, place=tpu) == (2, 8, 512, 1024)
     assert sizes_of(4096, 4096, B=7, K=2, H=128, place=tpu) == (1, 2, 512, 1024)
     assert sizes_of(4096, 4096, N=64, K=1, H=128, place=tpu) == (1, 1, 256, 512)

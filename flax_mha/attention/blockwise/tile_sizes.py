@@ -26,6 +26,9 @@ whatever the blocks; bfloat16, H = 128:
     32 heads   512 512         1,509 / 6,105
     128 heads  512 512         5,766 / 16,069     256 256   1,781 / 8,211    128 256   2,683 / 7,847
 
+    T=8192 window 256 causal, 8 heads, thousands of cycles for 512 queries, forward and backward
+                     128 128   350         256 256   186         512 512   180
+
 Many heads of large tiles go through the main memory. One device loops over examples and heads, too;
 devices that share an array get smaller blocks, for a sharded axis that a loop cuts would be
 gathered on every device. So do CPUs over which XLA may have spread the arrays. On GPUs all examples
@@ -71,7 +74,8 @@ def _largest_blocks(left: int | None, right: int | None, place: Place) -> tuple[
     """Half of the band's width, within bounds; blocks of their own where there is no band."""
     if left is not None and right is not None:
         half = (left + right + 2) // 2
-        block = min(LARGEST_BANDED_BLOCK, max(SMALLEST_BANDED_BLOCK, half))
+        least = 2 * LANES if _is_tpu(place) else SMALLEST_BANDED_BLOCK
+        block = min(LARGEST_BANDED_BLOCK, max(least, half))
         return block, block
     if _is_tpu(place):
         return LARGEST_BANDED_BLOCK, LARGEST_BLOCK
