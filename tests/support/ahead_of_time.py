@@ -59,6 +59,8 @@ class Step:
     bytes: int  # of its result
     on_chip: bool  # whether that lies in the chip's own memory
     operands: tuple[str, ...]
+    cycles: int  # the compiler's estimate; 0 where it gives none, as for copies
+    computation: str  # the program's own, or a loop's body
 
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -74,7 +76,10 @@ def steps_of(compiled):
         step = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)[,\s]?", line)
         if step and computation not in inside:
             shape, names = step[2], re.findall(r"%([\w.\-]+)", step[4])
-            steps.append(Step(step[1], step[3], _bytes(shape), "S(1)" in shape, tuple(names)))
+            given = re.search(r'"estimated_cycles":"(\d+)"', line)
+            cycles = int(given[1]) if given else 0
+            account = (_bytes(shape), "S(1)" in shape, tuple(names), cycles, computation)
+            steps.append(Step(step[1], step[3], *account))
     return steps
 
 
