@@ -37,8 +37,15 @@ def scaled_product(
     def product_after(query: Array, key: Array) -> Array:
         return jax.lax.optimization_barrier(multiply(query, key) * of_product)
 
-    # XLA's CPU multiplies in float32 whatever it is given, and drops barriers before it fuses.
-    return jax.lax.platform_dependent(query, key, cpu=query_first, default=product_after)
+    def product_between(query: Array, key: Array) -> Array:
+        return jnp.maximum(multiply(query, key) * of_product, jnp.finfo(wide).min)
+
+    # XLA's CPU multiplies in float32 whatever it is given, and drops barriers before it fuses. On a
+    # TPU a barrier would keep the maximum over keys apart from the product: a pass more over
+    # memory. No factor is drawn into what follows over another operation, the maximum.
+    return jax.lax.platform_dependent(
+        query, key, cpu=query_first, tpu=product_between, default=product_after
+    )
 
 
 def soft_capped(logits: Array, options: Options) -> Array:

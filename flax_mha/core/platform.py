@@ -37,4 +37,4 @@ class Place(NamedTuple):
     @property
     def is_shared(self) -> bool:
         """Whether XLA may cut an array's axes, so that a loop must not."""
-        return not self.cpu or self.devices > 1
+        return self.devices > 1

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from flax_mha.attention import DistanceBias
 from flax_mha.core.typing import Array
@@ -110,13 +111,12 @@ def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     slot_BT = slot_BT % S if cache.is_ring else slot_BT
     first_B1 = jnp.reshape(first, (-1, 1))
     stays_BT = (index_1T >= first_B1) & (index_1T < news.count_B[:, None])
-    slot_BT = _two_at_least(jnp.where(stays_BT, slot_BT, S), S)
-    example_B1 = jnp.arange(len(length_B), dtype="int32")[:, None]
+    slot_BT = jnp.where(stays_BT, slot_BT, S)
 
     def write(held: Array, new_BTKF: Array) -> Array:
         held_BKSF = held.reshape(-1, *held.shape[-3:])
-        new_BTKF = _two_at_least(new_BTKF, 0)
-        held_BKSF = held_BKSF.at[example_B1, :, slot_BT].set(new_BTKF, mode="drop")
+        arrays = (held_BKSF, new_BTKF, slot_BT)
+        held_BKSF = lax.platform_dependent(*arrays, tpu=_scattered, default=_scattered_two)
         return held_BKSF.reshape(held.shape)
 
     key, value = write(cache.key, news.key_BTKH), write(cache.value, news.value_BTKV)
@@ -135,11 +135,23 @@ def _counted(cache: KVCache, news: News) -> tuple[Array, Array]:
     return length_B.reshape(shape), start_B.reshape(shape)
 
 
+def _scattered(held_BKSF: Array, new_BTKF: Array, slot_BT: Array) -> Array:
+    """The new tokens in their slots; what has a slot that does not exist is dropped."""
+    example_B1 = jnp.arange(held_BKSF.shape[0], dtype="int32")[:, None]
+    return held_BKSF.at[example_B1, :, slot_BT].set(new_BTKF, mode="drop")
+
+
+def _scattered_two(held_BKSF: Array, new_BTKF: Array, slot_BT: Array) -> Array:
+    slot_BT = _two_at_least(slot_BT, held_BKSF.shape[2])
+    return _scattered(held_BKSF, _two_at_least(new_BTKF, 0), slot_BT)
+
+
 def _two_at_least(x_BT: Array, filler: int) -> Array:
     """A second token, whose slot does not exist, beside the only one.
 
-    XLA makes of a scatter of one row an update in place, and then copies the whole cache four times
-    to read it again: a step of one example took 0.5 to 1.4 ms, and takes 0.2.
+    XLA's CPU makes of a scatter of one row an update in place, and then copies the whole cache four
+    times to read it again: a step of one example took 0.5 to 1.4 ms, and takes 0.2. A TPU's
+    compiler reads it where it lies, and of two rows would turn the whole cache, and back.
     """
     if x_BT.shape[0] * x_BT.shape[1] > 1:
         return x_BT

@@ -116,11 +116,37 @@ def test_a_tile_on_cpu_is_large_enough_for_two_cores_and_small_enough_for_the_ca
     assert sizes_of(8, 8, B=7, N=5, block_sizes=(4, 4)) == (7, 5, 4, 4)
 
 
-def test_elsewhere_examples_and_heads_are_never_cut():
+def test_examples_and_heads_that_devices_may_share_are_never_cut():
     """A sharded axis that a loop cuts would be gathered on every device."""
+    gpu, tpus = Place("gpu"), Place("tpu", devices=4)
+    assert sizes_of(4096, 4096, B=16, place=gpu) == (16, 8, 512, 512)
+    assert sizes_of(4096, 4096, B=4, place=tpus) == (4, 8, 512, 1024)
+    assert sizes_of(4096, 4096, B=64, place=tpus) == (64, 8, 128, 256)
+
+
+def test_a_tile_on_a_tpu_fills_its_lanes_and_stays_in_its_own_memory():
     tpu = Place("tpu")
-    assert sizes_of(4096, 4096, B=16, place=tpu) == (16, 8, 512, 512)
-    assert sizes_of(130, 4096, B=3, K=2, mask=Mask.causal(), place=tpu) == (3, 2, 72, 512)
+    assert sizes_of(4096, 4096, H=128, place=tpu) == (1, 8, 512, 1024)
+    assert sizes_of(4096, 4096, mask=Mask.causal(), place=tpu) == (1, 8, 512, 1024)
+    assert sizes_of(4096, 4096, mask=Mask.window(255, 0), place=tpu) == (1, 8, 256, 256)
+    assert sizes_of(4096, 4096, B=16, H=128, place=tpu) == (2, 8, 512, 1024)
+    assert sizes_of(4096, 4096, B=7, K=2, H=128, place=tpu) == (1, 2, 512, 1024)
+    assert sizes_of(4096, 4096, N=64, K=1, H=128, place=tpu) == (1, 1, 256, 512)
+    assert sizes_of(1030, 1300, H=128, place=tpu) == (1, 8, 384, 768)
+    assert sizes_of(130, 100, B=3, K=2, place=tpu) == (3, 2, 256, 104)
+
+
+@pytest.mark.parametrize(("T", "K", "turned"), [(128, 8, True), (96, 8, False), (40, 2, True)])
+def test_tiles_are_turned_where_a_tpu_s_lanes_are_filled(T, K, turned):
+    """The G heads' queries of a tile lie along the lanes: of 96 they would be a quarter empty."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    key_BSKH = shape(1, 4096, K, 64)
+    inputs = Inputs(
+        query_BTNH=shape(1, T, 8, 64), key_BSKH=key_BSKH, value_BSKV=key_BSKH, mask=Mask()
+    )
+    assert tiling_of(inputs, None, Place("tpu")).queries_last == turned
+    for place in (CPU, Place("gpu"), Place("cpu", devices=4)):
+        assert not tiling_of(inputs, None, place).queries_last
 
 
 def test_cpus_that_share_an_array_cut_its_lengths_alone():

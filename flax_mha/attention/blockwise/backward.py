@@ -6,8 +6,7 @@
     d_query = scale d_product . key    d_key = d_product^T . scale query
     d_value = drop(weights)^T . d_context
 
-d_key and d_value are summed transposed, `[h, s]`: written so, XLA's CPU products run at twice the
-rate of those that would transpose the tile.
+In `order`'s axes, by its equations.
 """
 
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from flax_mha.attention.blockwise.call import (
     where_needed,
 )
 from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.order import order_of
 from flax_mha.attention.blockwise.tiles import Tile, add_at, begin, query_spans, scores_place
 from flax_mha.attention.distance import unskew
 from flax_mha.attention.logits import scales
@@ -73,8 +73,8 @@ class Gradients(NamedTuple):
 class Sums(NamedTuple):
     """What one key block has gathered: its own gradients, and those that all blocks share."""
 
-    d_key_bkhs: Array
-    d_value_bkvs: Array
+    d_key: Array  # as `order` gathers them
+    d_value: Array
     d_query_BTNH: Array
     d_biases: Biases
 
@@ -82,8 +82,8 @@ class Sums(NamedTuple):
 class TileGradients(NamedTuple):
     """What one tile adds."""
 
-    d_key_bkhs: Array
-    d_value_bkvs: Array
+    d_key: Array
+    d_value: Array
     d_query_bkrh: Array
     d_logits_bkrs: Array | None
 
@@ -140,19 +140,21 @@ def _key_block(
     sums = _nothing(plan, gradients)
     sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
     _, of_product = scales(plan.options, blocks.query_BTNH.dtype)
-    d_key_bksh = sums.d_key_bkhs.swapaxes(2, 3) * of_product
+    order = order_of(tiling)
+    d_key_bksh = order.of_keys(sums.d_key) * of_product
     return Gradients(
         sums.d_query_BTNH,
         put_keys(gradients.d_key_BSKH, d_key_bksh, here),
-        put_keys(gradients.d_value_BSKV, sums.d_value_bkvs.swapaxes(2, 3), here),
+        put_keys(gradients.d_value_BSKV, order.of_keys(sums.d_value), here),
         sums.d_biases,
     )
 
 
 def _nothing(plan: Plan, gradients: Gradients) -> Sums:
     d_query, d_key, d_value, d_biases = gradients
-    b, k, s = plan.tiling.b, plan.tiling.k, plan.tiling.s
-    zeros = lambda x_BSKF: full(x_BSKF, (b, k, x_BSKF.shape[-1], s), 0)  # noqa: E731
+    sizes = (plan.tiling.b, plan.tiling.k, plan.tiling.s)
+    shape = lambda x_BSKF: order_of(plan.tiling).gathered(*sizes, x_BSKF.shape[-1])  # noqa: E731
+    zeros = lambda x_BSKF: full(x_BSKF, shape(x_BSKF), 0)  # noqa: E731
     return Sums(zeros(d_key), zeros(d_value), d_query, d_biases)
 
 
@@ -165,33 +167,37 @@ def _tile_gradients(
     tile: Tile,
     masked: bool,
 ) -> TileGradients:
-    tiling, drop = plan.tiling, tile_dropper(plan, blocks, tile)
+    tiling, order = plan.tiling, order_of(plan.tiling)
+    drop = tile_dropper(plan, blocks, tile, order)
     query_bkrh = scaled_queries(plan, blocks, tile)
     d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
     rows = (saved.row_max_BNT, saved.share_BNT, saved.delta_BNT)
-    row_max_bkr1, share_bkr1, delta_bkr1 = (of_rows(tiling, x, tile)[..., None] for x in rows)
+    row_max, share, delta = (order.along_rows(of_rows(tiling, x, tile)) for x in rows)
 
     biases = tile_biases(plan, blocks, tile)
-    logits_bkrs, slope_bkrs = tile_logits(plan, blocks, query_bkrh, key_bksh, biases, tile, masked)
-    weights_bkrs = jnp.exp(logits_bkrs - row_max_bkr1) * share_bkr1
-    d_weights_bkrs = drop(product(plan, "bkrv,bksv->bkrs", d_context_bkrv, value_bksv))
-    d_logits_bkrs = weights_bkrs * (d_weights_bkrs - delta_bkr1)
-    d_product_bkrs = d_logits_bkrs if slope_bkrs is None else d_logits_bkrs * slope_bkrs
-    d_product_bkrs = d_product_bkrs.astype(key_bksh.dtype)
-    kept_bkrs = drop(weights_bkrs).astype(value_bksv.dtype)
+    logits_rs, slope_rs = tile_logits(
+        plan, blocks, query_bkrh, key_bksh, biases, tile, masked, order
+    )
+    weights_rs = jnp.exp(logits_rs - row_max) * share
+    d_weights_rs = drop(product(plan, order.d_weights, d_context_bkrv, value_bksv))
+    d_logits_rs = weights_rs * (d_weights_rs - delta)
+    d_product_rs = d_logits_rs if slope_rs is None else d_logits_rs * slope_rs
+    d_product_rs = d_product_rs.astype(key_bksh.dtype)
+    kept_rs = drop(weights_rs).astype(value_bksv.dtype)
+    has_bias = blocks.bias_bnts is not None or blocks.distance_bias is not None
     return TileGradients(
-        product(plan, "bkrh,bkrs->bkhs", query_bkrh, d_product_bkrs),
-        product(plan, "bkrv,bkrs->bkvs", d_context_bkrv, kept_bkrs),
-        product(plan, "bkrs,bksh->bkrh", d_product_bkrs, key_bksh) * plan.options.scale,
-        None if blocks.bias_bnts is None and blocks.distance_bias is None else d_logits_bkrs,
+        product(plan, order.d_key, query_bkrh, d_product_rs),
+        product(plan, order.d_value, d_context_bkrv, kept_rs),
+        product(plan, order.d_query, d_product_rs, key_bksh) * plan.options.scale,
+        order.of_rows_and_keys(d_logits_rs) if has_bias else None,
     )
 
 
 def _add(plan: Plan, blocks: Blocks, sums: Sums, tile: Tile, added: TileGradients) -> Sums:
     d_query_bkrh = of_queries(plan.tiling, sums.d_query_BTNH, tile) + added.d_query_bkrh
     return Sums(
-        sums.d_key_bkhs + added.d_key_bkhs,
-        sums.d_value_bkvs + added.d_value_bkvs,
+        sums.d_key + added.d_key,
+        sums.d_value + added.d_value,
         put_queries(plan.tiling, sums.d_query_BTNH, d_query_bkrh, tile),
         _add_biases(plan, blocks, sums.d_biases, tile, added.d_logits_bkrs),
     )

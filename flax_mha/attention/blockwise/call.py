@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.attention import dropout
+from flax_mha.attention.blockwise.order import KEYS_LAST, Order
 from flax_mha.attention.blockwise.tiles import (
     Tile,
     Tiling,
@@ -141,8 +142,8 @@ def tile_biases(plan: Plan, blocks: Blocks, tile: Tile) -> TileBiases:
 class TileLogits(NamedTuple):
     """Logits of a tile, -inf where the mask forbids; the soft cap's slope, where there is one."""
 
-    logits_bkrs: Array
-    slope_bkrs: Array | None
+    logits_rs: Array
+    slope_rs: Array | None
 
 
 def tile_logits(
@@ -153,24 +154,26 @@ def tile_logits(
     biases: TileBiases,
     tile: Tile,
     masked: bool,
+    order: Order = KEYS_LAST,
 ) -> TileLogits:
     """cap(scale query . key) + bias, where allowed, of a query that has its part of the scale."""
     tiling, options = plan.tiling, plan.options
-    multiply = functools.partial(product, plan, "bkrh,bksh->bkrs")
-    product_bkrs = scaled_product(multiply, query_bkrh, key_bksh, options)
-    logits_bkrs, slope_bkrs = soft_capped(product_bkrs, options), None
+    multiply = functools.partial(product, plan, order.logits)
+    product_rs = scaled_product(multiply, query_bkrh, key_bksh, options)
+    logits_rs, slope_rs = soft_capped(product_rs, options), None
     if options.soft_cap is not None:
-        slope_bkrs = 1 - (logits_bkrs / options.soft_cap) ** 2
-    logits_bkGts = logits_bkrs.reshape(tiling.b, tiling.k, tiling.G, tiling.t, tiling.s)
+        slope_rs = 1 - (logits_rs / options.soft_cap) ** 2
+    split = order.split(logits_rs, tiling)
     if biases.bias_bkGts is not None:
-        logits_bkGts += biases.bias_bkGts.astype(logits_bkGts.dtype)
+        split += order.beside(biases.bias_bkGts.astype(split.dtype), tiling)
     if biases.values_nl is not None:
-        bias_nts = skew(biases.values_nl, tiling.t, tiling.s).astype(logits_bkGts.dtype)
-        logits_bkGts += bias_nts.reshape(1, *logits_bkGts.shape[1:])
+        bias_nts = skew(biases.values_nl, tiling.t, tiling.s).astype(split.dtype)
+        bias_bkGts = bias_nts.reshape(1, tiling.k, tiling.G, tiling.t, tiling.s)
+        split += order.beside(bias_bkGts, tiling)
     if masked:
-        allowed_bkGts = allowed(tiling, blocks.mask, tile)
-        logits_bkGts = jnp.where(allowed_bkGts, logits_bkGts, -jnp.inf)
-    return TileLogits(logits_bkGts.reshape(logits_bkrs.shape), slope_bkrs)
+        allowed_bkGts = allowed(tiling, blocks.mask, tile, order.repeats(tiling))
+        split = jnp.where(order.beside(allowed_bkGts, tiling), split, -jnp.inf)
+    return TileLogits(split.reshape(logits_rs.shape), slope_rs)
 
 
 def stretch(plan: Plan, blocks: Blocks, tile: Tile) -> tuple[Any, Shape]:
@@ -185,18 +188,25 @@ def stretch(plan: Plan, blocks: Blocks, tile: Tile) -> tuple[Any, Shape]:
     return start, (tiling.k * tiling.G, tiling.t + tiling.s - 1)
 
 
-def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile) -> Any:
+def drops(plan: Plan, blocks: Blocks) -> bool:
+    """Whether a tile drops any of its entries."""
+    return plan.options.dropout_rate > 0.0 and blocks.dropout_word_2 is not None
+
+
+def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile, order: Order = KEYS_LAST) -> Any:
     """The function that drops entries of this tile: the same ones at every call."""
     rate, tiling = plan.options.dropout_rate, plan.tiling
-    if rate == 0.0 or blocks.dropout_word_2 is None:
-        return lambda x_bkrs: x_bkrs
+    if not drops(plan, blocks):
+        return lambda x_rs: x_rs
+    assert blocks.dropout_word_2 is not None
     full = (tiling.B, tiling.K * tiling.G, tiling.T, tiling.S)
     start, size = scores_place(tiling, full, tile)
     shared = plan.options.broadcast_dropout
     origin_4 = blocks.dropout_start_4
     keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start, shared, origin_4)
     keep_bkrs = keep_bnts.reshape(tiling.b, tiling.k, tiling.r, tiling.s)
-    return lambda x_bkrs: dropout.drop(x_bkrs, keep_bkrs, rate)
+    keep_rs = order.of_rows_and_keys(keep_bkrs)
+    return lambda x_rs: dropout.drop(x_rs, keep_rs, rate)
 
 
 def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise: Any) -> Any:

@@ -134,4 +134,4 @@ class _TileTangent:
         biases = TileBiases(parts.get("bias"), parts.get("distances"))
         query_bkrh = scaled(here.plan, query_bkrh)
         arguments = (query_bkrh, key_bksh, biases, here.tile, here.masked)
-        return tile_logits(here.plan, here.blocks, *arguments).logits_bkrs
+        return tile_logits(here.plan, here.blocks, *arguments).logits_rs

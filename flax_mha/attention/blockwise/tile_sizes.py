@@ -16,9 +16,23 @@ forward / forward and backward, 8 heads of 64, the least of many, two cores, jax
 A causal order or a window cuts through the tiles on its edges, whose other half is computed for
 nothing: their blocks are smaller.
 
-Elsewhere, and on CPUs over which XLA may have spread the arrays, all examples and heads stand side
-by side in each tile: the device spreads them over its units, and a sharded axis that a loop cuts
-would be gathered on every device.
+A TPU computes on 8 x 128 numbers at once, and holds what a step leaves for the next in its own
+memory of 64 to 128 MiB. Cycles that the compiler estimates for v5e a tile of 512 x 512 and head,
+forward / backward, of which the schedules of its fusions take 1,120 to 1,180 / 2,580 to 2,640
+whatever the blocks; bfloat16, H = 128:
+
+    8 heads    t s = 512 512   1,620 / 6,567      1024 512    1,409 / 6,034
+                     512 1024  1,390 / 5,593      1024 1024   1,293 / 5,444, not all in that memory
+    32 heads   512 512         1,509 / 6,105
+    128 heads  512 512         5,766 / 16,069     256 256   1,781 / 8,211    128 256   2,683 / 7,847
+
+    T=8192 window 256 causal, 8 heads, thousands of cycles for 512 queries, forward and backward
+                     128 128   350         256 256   186         512 512   180
+
+Many heads of large tiles go through the main memory. One device loops over examples and heads, too;
+devices that share an array get smaller blocks, for a sharded axis that a loop cuts would be
+gathered on every device. So do CPUs over which XLA may have spread the arrays. On GPUs all examples
+and heads stand side by side in each tile: the device spreads them over its units.
 """
 
 from typing import Any
@@ -27,11 +41,12 @@ from flax_mha.attention.blockwise.tiles import Tiling
 from flax_mha.core.platform import Place
 from flax_mha.core.sizes import is_known
 
-NUMBERS_A_TILE = 3 << 19
+NUMBERS_A_TILE = {"cpu": 3 << 19, "tpu": 24 << 20}  # GPUs: all there are
 LARGEST_BLOCK = 1024
 LARGEST_BANDED_BLOCK = 512
 SMALLEST_BANDED_BLOCK = 128
 FEWEST_QUERIES = 64
+LANES = 128  # of a vector on a TPU
 
 
 def tiling_of(inputs: Any, block_sizes: tuple[int, int] | None, place: Place) -> Tiling:
@@ -39,51 +54,62 @@ def tiling_of(inputs: Any, block_sizes: tuple[int, int] | None, place: Place) ->
     (B, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     t, s = block_sizes or _block_sizes(inputs, place)
     b, k = _examples_and_heads(inputs, N // K * t, s, place)
-    return Tiling(B=B, K=K, T=T, S=S, b=b, k=k, t=t, s=s, G=N // K)
+    turned = _is_tpu(place) and N // K * t >= LANES  # fewer queries would leave lanes empty
+    return Tiling(B=B, K=K, T=T, S=S, b=b, k=k, t=t, s=s, G=N // K, queries_last=turned)
 
 
 def _block_sizes(inputs: Any, place: Place) -> tuple[int, int]:
     (_, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     left, right = inputs.mask.band
-    largest = _largest_block(left, right, place)
-    if place.cpu and place.is_shared:
-        largest = _shared_block(inputs, largest, place)
-    queries = max(FEWEST_QUERIES, largest // (N // K))  # G heads share keys: a tile has G t rows
-    return even_block(T, queries), even_block(S, largest)
+    queries, keys = _largest_blocks(left, right, place)
+    if place.platform in NUMBERS_A_TILE and (place.is_shared or _is_tpu(place)):
+        queries, keys = _fitting(inputs, queries, keys, place)
+    if not _is_tpu(place):  # G heads share keys: a tile has G t rows
+        queries = max(FEWEST_QUERIES, queries // (N // K))
+    multiple = LANES if _is_tpu(place) else 8
+    return even_block(T, queries, multiple), even_block(S, keys, multiple)
 
 
-def _largest_block(left: int | None, right: int | None, place: Place) -> int:
-    """Half of the band's width, within bounds; a block of its own where there is no band."""
-    if left is None and right is None and place.cpu:
-        return LARGEST_BLOCK
-    if left is None or right is None:
-        return LARGEST_BANDED_BLOCK
-    half = (left + right + 2) // 2
-    return min(LARGEST_BANDED_BLOCK, max(SMALLEST_BANDED_BLOCK, half))
+def _largest_blocks(left: int | None, right: int | None, place: Place) -> tuple[int, int]:
+    """Half of the band's width, within bounds; blocks of their own where there is no band."""
+    if left is not None and right is not None:
+        half = (left + right + 2) // 2
+        least = 2 * LANES if _is_tpu(place) else SMALLEST_BANDED_BLOCK
+        block = min(LARGEST_BANDED_BLOCK, max(least, half))
+        return block, block
+    if _is_tpu(place):
+        return LARGEST_BANDED_BLOCK, LARGEST_BLOCK
+    banded = (left, right) != (None, None) or not place.cpu
+    block = LARGEST_BANDED_BLOCK if banded else LARGEST_BLOCK
+    return block, block
 
 
-def even_block(length: int, largest: int) -> int:
-    """Blocks of about equal size, a multiple of 8, at most `largest`.
+def even_block(length: int, largest: int, multiple: int = 8) -> int:
+    """Blocks of about equal size, a multiple of 8 or of what is asked for, at most `largest`.
 
     Example:
         >>> even_block(1030, 1024), even_block(100, 1024)
         (520, 104)
+        >>> even_block(1030, 1024, multiple=128), even_block(100, 1024, multiple=128)
+        (640, 104)
     """
     if not is_known(length):
         return largest
     blocks = max(1, -(-length // largest))
-    return max(8, -(-length // (8 * blocks)) * 8)
+    multiple = multiple if length > multiple else 8
+    return max(8, -(-length // (multiple * blocks)) * multiple)
 
 
-def _shared_block(inputs: Any, largest: int, place: Place) -> int:
-    """Halved until each device's part of a tile, with its share of all heads, is small enough."""
-    (B, _, N, H), V = inputs.query_BTNH.shape, inputs.value_BSKV.shape[-1]
-    heads = -(-B * N // place.devices) if is_known(B) else N
-    while largest > SMALLEST_BANDED_BLOCK and heads * _numbers(largest, largest, H, V) > (
-        NUMBERS_A_TILE
-    ):
-        largest //= 2
-    return largest
+def _fitting(inputs: Any, queries: int, keys: int, place: Place) -> tuple[int, int]:
+    """Halved until a tile of the heads that no loop can part is small enough, on each device."""
+    (B, _, N, H), (_, _, K, V) = inputs.query_BTNH.shape, inputs.value_BSKV.shape
+    heads = N // K
+    if place.is_shared:  # each device holds its share of all heads
+        heads = -(-B * N // place.devices) if is_known(B) else N
+    most = NUMBERS_A_TILE[place.platform]
+    while queries > SMALLEST_BANDED_BLOCK and heads * _numbers(queries, keys, H, V) > most:
+        queries, keys = queries // 2, keys // 2
+    return queries, keys
 
 
 def _numbers(r: int, s: int, H: int, V: int) -> int:
@@ -95,8 +121,8 @@ def _examples_and_heads(inputs: Any, r: int, s: int, place: Place) -> tuple[int,
     """(b, k): how many examples, and key/value heads that r rows and s keys meet, make a tile."""
     (B, _, _, H), (_, _, K, V) = inputs.query_BTNH.shape, inputs.value_BSKV.shape
     b, k = B, K
-    if not place.is_shared:
-        room = NUMBERS_A_TILE // _numbers(r, s, H, V)
+    if place.platform in NUMBERS_A_TILE and not place.is_shared:
+        room = NUMBERS_A_TILE[place.platform] // _numbers(r, s, H, V)
         k = _divisor(K, room)
         b = _divisor(B, room // K) if k == K and is_known(B) else 1
     return (1 if _has_own_distances(inputs) else b), k
@@ -106,6 +132,10 @@ def _has_own_distances(inputs: Any) -> bool:
     """Whether every example reads another stretch of the distance bias: they go one by one."""
     bias = inputs.distance_bias
     return bias is not None and bias.query_offset is not None and bias.query_offset.size > 1
+
+
+def _is_tpu(place: Place) -> bool:
+    return place.platform == "tpu"
 
 
 def _divisor(number: int, most: int) -> int:

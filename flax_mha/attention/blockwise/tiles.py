@@ -26,6 +26,7 @@ class Tiling:
         T: queries, t a tile.
         S: keys, s a tile.
         G: query heads a key/value head.
+        queries_last: whether a tile's arrays are turned, see `order`.
     """
 
     B: int
@@ -37,6 +38,7 @@ class Tiling:
     t: int
     s: int
     G: int
+    queries_last: bool = False
 
     @property
     def query_blocks(self) -> int:
@@ -168,10 +170,14 @@ def may_meet(tiling: Tiling, mask: Mask, tile: Tile) -> Array:
     return meet_b.any()
 
 
-def allowed(tiling: Tiling, mask: Mask, tile: Tile) -> Array:
-    """The tile's part of the mask, `[1 or b, 1 or k, 1 or G, t, s]`."""
+def allowed(tiling: Tiling, mask: Mask, tile: Tile, repeats: int = 1) -> Array:
+    """The tile's part of the mask, `[1 or b, 1 or k, 1 or G, t, s]`.
+
+    With `repeats` = G, `[1 or b, 1 or k, 1, r, s]`: its queries, once for each of G heads.
+    """
     offset_b = jnp.reshape(per_example(mask.query_offset, tile.b, tiling), (-1, 1, 1))
-    row_bt1 = tile.t + jnp.arange(tiling.t, dtype="int32")[None, :, None] + offset_b
+    row_t = _repeated(jnp.arange(tiling.t, dtype="int32"), repeats)
+    row_bt1 = tile.t + row_t[None, :, None] + offset_b
     column_11s = tile.s + jnp.arange(tiling.s, dtype="int32")[None, None, :]
     left, right = mask.band
     parts = [column_11s < as_index(tiling.S)]
@@ -180,19 +186,36 @@ def allowed(tiling: Tiling, mask: Mask, tile: Tile) -> Array:
     if right is not None:
         parts.append(column_11s - row_bt1 <= right)
     if mask.query_padding is not None:
-        parts.append(_queries(tiling, mask.query_padding, tile)[:, :, None])
+        real_bt = _repeated(_queries(tiling, mask.query_padding, tile), repeats)
+        parts.append(real_bt[:, :, None])
     if mask.key_padding is not None:
         parts.append(_keys(tiling, mask.key_padding, tile)[:, None, :])
     for query_ids, key_ids in mask.segment_ids:
         ids_bt, ids_bs = _queries(tiling, query_ids, tile), _keys(tiling, key_ids, tile)
-        parts.append(ids_bt[:, :, None] == ids_bs[:, None, :])
-    allowed_bts = jnp.ones((1, tiling.t, tiling.s), bool)
+        parts.append(_repeated(ids_bt, repeats)[:, :, None] == ids_bs[:, None, :])
+    allowed_bts = jnp.ones((1, repeats * tiling.t, tiling.s), bool)
     for part in parts:
         allowed_bts = allowed_bts & part
     allowed_bkGts = allowed_bts[:, None, None]
     for dense_bnts in mask.dense_masks:
-        allowed_bkGts = allowed_bkGts & of_scores(tiling, dense_bnts, tile)
+        dense_bkGts = of_scores(tiling, dense_bnts, tile)
+        if repeats > 1:
+            dense_bkGts = by_rows(tiling, dense_bkGts)
+        allowed_bkGts = allowed_bkGts & dense_bkGts
     return allowed_bkGts
+
+
+def _repeated(x_t: Array, repeats: int) -> Array:
+    return x_t if repeats == 1 else jnp.tile(x_t, repeats)
+
+
+def by_rows(tiling: Tiling, x_bkGts: Array) -> Array:
+    """`[b, k, 1, r, s]` of an array that may have size 1 in any axis, and has it in b, k, s."""
+    b, k, G, t, s = x_bkGts.shape
+    if t == tiling.r or (G, t) == (1, 1):
+        return x_bkGts
+    full = (b, k, tiling.G, tiling.t, s)
+    return jnp.broadcast_to(x_bkGts, full).reshape(b, k, 1, tiling.r, s)
 
 
 def of_scores(tiling: Tiling, x_bnts: Array, tile: Tile) -> Array:

@@ -1,0 +1,90 @@
+"""Programs compiled for accelerators that this machine does not have: libtpu alone is needed.
+
+A test that uses it begins with `pytest.importorskip("libtpu", reason=...)`. Compiled means that the
+vendor's compiler took the program; what it says of memory and cycles is the compiler's account.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Read when libtpu starts, which is at the first topology: where it must not look for chips.
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes at once otherwise abort on a lock file
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def devices_of(topology="v5e:2x2"):
+    """The chips of a topology, as `jax.devices()` would give them on one."""
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def placed(args, topology="v5e:2x2"):
+    """Shapes and dtypes of `args`, on one chip; what says where it stands, stays there."""
+    mesh = Mesh(np.array(devices_of(topology)[:1]), ("chip",))
+    one = NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+        own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own or one)
+
+    return jax.tree.map(place, args)
+
+
+def compile(function, args, topology="v5e:2x2", **jit):
+    """`function(*args)` compiled for the topology; `jit` holds options of `jax.jit`.
+
+    `args` are trees of arrays or of `ShapeDtypeStruct`s. What a mesh of `devices_of(topology)`
+    divides carries its sharding: `ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(...))`.
+    """
+    return jax.jit(function, **jit).lower(*placed(args, topology)).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One instruction that a compiled program runs; what fusions hold inside is none."""
+
+    name: str
+    opcode: str
+    bytes: int  # of its result
+    on_chip: bool  # whether that lies in the chip's own memory
+    operands: tuple[str, ...]
+    cycles: int  # the compiler's estimate; 0 where it gives none, as for copies
+    computation: str  # the program's own, or a loop's body
+
+
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def steps_of(compiled):
+    """The steps of a program and of its loops' bodies, each once, from the text that XLA gives."""
+    inside = set(re.findall(r" (?:calls|to_apply)=%?([\w.\-]+)", compiled.as_text()))
+    steps, computation = [], None
+    for line in compiled.as_text().splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = opened[1]
+        step = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)[,\s]?", line)
+        if step and computation not in inside:
+            shape, names = step[2], re.findall(r"%([\w.\-]+)", step[4])
+            given = re.search(r'"estimated_cycles":"(\d+)"', line)
+            cycles = int(given[1]) if given else 0
+            account = (_bytes(shape), "S(1)" in shape, tuple(names), cycles, computation)
+            steps.append(Step(step[1], step[3], *account))
+    return steps
+
+
+def _bytes(shape):
+    """Those of the largest array in a result's type."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    sizes = [WIDTHS.get(t, 8) * math.prod(int(n) for n in d.split(",") if n) for t, d in arrays]
+    return max(sizes, default=0)
