@@ -18,7 +18,7 @@ def plot(figures: Sequence[Figure], path: Path) -> None:
     if not panels:
         return
     cases = list(dict.fromkeys(figure.case for figure in read))
-    picture = Picture(figsize=(3 + 1.1 * len(cases), 3.2 * len(panels)), layout="constrained")
+    picture = Picture(figsize=(max(9, 1.2 * len(cases)), 3 * len(panels) + 1), layout="constrained")
     all_axes = picture.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     names = list(dict.fromkeys(figure.contender for figure in read))
     for axes, (topology, gradient) in zip(all_axes, panels):
@@ -27,7 +27,7 @@ def plot(figures: Sequence[Figure], path: Path) -> None:
         axes.set_ylabel(f"{topology} {'FB' if gradient else 'F'}")
     all_axes[-1].set_xticks(range(len(cases)), labels=cases)
     handles = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels())}
-    picture.legend(handles.values(), handles.keys(), loc="outside right upper")
+    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     picture.suptitle("Cycles a tile of 512 x 512 entries, by the TPU's compiler; no device ran")
     picture.savefig(path, dpi=120)
 
@@ -41,6 +41,7 @@ def _draw(axes: Any, figures: Sequence[Figure], cases: list[str], names: list[st
         index = names.index(figure.contender)
         middle = cases.index(figure.case) + (index - (len(names) - 1) / 2) * width
         _bar(axes, figure, middle, width, f"C{index}", cut)
+    axes.set_xlim(-0.5, len(cases) - 0.5)
     axes.set_ylim(0, cut)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -55,10 +56,12 @@ def _bar(axes: Any, figure: Figure, middle: float, width: float, colour: str, cu
         color=colour,
         hatch="" if figure.kernels else "///",
         edgecolor="white",
+        alpha=1 if figure.kernels else 0.7,
         label=None if figure.contender in labelled else figure.contender,
     )
     sides = (middle - width / 2, middle + width / 2)
     axes.hlines(figure.masked, *sides, color="black", linewidth=1)
     if figure.whole > cut:  # type: ignore[operator]
-        where = dict(rotation=90, ha="center", va="top", fontsize=7, color="white", weight="bold")
-        axes.text(middle, 0.98 * cut, f"{figure.whole:.0f}", **where)
+        box = dict(facecolor=colour, edgecolor="none", pad=1)  # the hatches hide a number
+        where = dict(rotation=90, ha="center", va="top", fontsize=8, color="white", bbox=box)
+        axes.text(middle, 0.97 * cut, f"{figure.whole:.0f}", **where)
