@@ -1,7 +1,8 @@
 """What there is: `python -m flax_mha` prints names, implementations, commands and the platform.
 
 All of it is read from the package itself: names from `__init__.py`, lines from docstrings.
-`python -m flax_mha guide TOPIC` prints a page about one thing.
+`python -m flax_mha guide TOPIC` prints a page about one thing, `python -m flax_mha explain` which
+implementation serves a call.
 """
 
 import argparse
@@ -14,13 +15,15 @@ import pathlib
 import pkgutil
 import platform
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 import flax_mha
 from flax_mha.attention.choice import RULE
+from flax_mha.commands import explain
+from flax_mha.commands.columns import WIDTH, section
 from flax_mha.guides import pages
 
 # A heading and the files whose names stand below it; the names are those of `__init__.py`.
@@ -31,12 +34,10 @@ GROUPS = {
     "Many devices": ("sharding.specs",),
     "Training": ("training.losses", "training.updates"),
 }
-WIDTH = 80
-NAMES = 26  # the columns of a name, before its line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the overview, or a guide; returns the exit code.
+    """Prints the overview, or runs a command; returns the exit code.
 
     Example:
         >>> main([])  # doctest: +ELLIPSIS
@@ -48,13 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Prints what the package holds and what it runs on.",
         epilog=f"To run something: {', '.join(f'python -m {name}' for name in commands())}.",
     )
-    guide = parser.add_subparsers(dest="command").add_parser("guide", help="prints a guide")
+    subparsers = parser.add_subparsers(dest="command")
+    explained = subparsers.add_parser(
+        "explain",
+        help="says which implementation serves a call",
+        description=explain.__doc__,
+        epilog="example: python -m flax_mha explain --platform tpu --shape 8x4096x8x128 "
+        "--dtype bfloat16 --causal",
+    )
+    explain.add_arguments(explained)
+    guide = subparsers.add_parser("guide", help="prints a guide")
     guide.add_argument(
         "topic", nargs="?", metavar="TOPIC", help="which guide; left out, the topics are listed"
     )
     given = parser.parse_args(arguments)
     if given.command is None:
         print("\n".join(overview()))
+    elif given.command == "explain":
+        explain.run(given, explained)
     else:
         print_guide(given.topic, guide)
     return 0
@@ -86,23 +98,12 @@ def overview() -> Iterator[str]:
         yield from section(f"{heading} (from flax_mha)", {n: summary_of_name(n) for n in names})
     yield from section("Imported by their own names", {m: summary(m) for m in submodules()})
     yield from section("Implementations of attention", implementations())
-    yield from section("Commands", {f"python -m {name}": summary(name) for name in commands()})
+    told = {"python -m flax_mha explain": first_line(explain.__doc__)}
+    told |= {f"python -m {name}": summary(name) for name in commands()}
+    yield from section("Commands", told)
     yield from list_of_guides()
     yield from section("Here", here())
     yield from ("", "help(flax_mha.multi_head_attention), and of any other name, says more.")
-
-
-def section(heading: str, entries: Mapping[str, str]) -> Iterator[str]:
-    """A heading, then each name with its line beside it, or below where the name is long."""
-    yield from ("", heading)
-    for name, line in entries.items():
-        label = f"  {name}".ljust(NAMES)
-        if not label.endswith(" "):
-            yield label
-            label = ""
-        yield from textwrap.wrap(
-            line, WIDTH, initial_indent=label.ljust(NAMES), subsequent_indent=" " * NAMES
-        )
 
 
 def exports() -> dict[str, list[str]]:

@@ -31,6 +31,7 @@ THINNED = {
     "attention/test_dropout.py": 4,
     "attention/test_shifts.py": 40,
     "attention/test_tiles.py": 4,
+    "bench/aot/test_programs.py": 9,
     "interop/flax/test_attention_fn.py": 5,
     "interop/keras/test_other_classes.py": 4,
     "interop/keras/test_weights.py": 3,

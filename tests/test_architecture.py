@@ -31,7 +31,7 @@ FLOORS = [
     ["functional"],
     ["linen", "nnx"],
     ["__init__"],
-    ["guides", "bench", "demo"],
+    ["guides", "bench", "demo", "commands"],
     ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

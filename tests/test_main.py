@@ -1,6 +1,6 @@
 """`python -m flax_mha`: everything that there is, 80 columns wide, without any extra.
 
-Its command `guide` is tested in tests/guides.
+Its command `guide` is tested in tests/guides, `explain` in tests/commands.
 """
 
 import os
@@ -57,6 +57,7 @@ def test_it_prints_everything_without_any_extra():
     assert "python -m flax_mha.bench" in flat
     assert "python -m flax_mha.demo" in flat
     assert "python -m flax_mha guide TOPIC" in flat
+    assert "python -m flax_mha explain Which implementation serves a call" in flat
     assert "JAX runs on cpu: 1 x cpu" in flat
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_mha.bench.accelerator import cli as accelerator
+from flax_mha.bench.aot import cli as aot
 from flax_mha.bench.cases import SETS, BenchError, Case
 from flax_mha.bench.environment import describe, set_omp_wait
 from flax_mha.bench.peers import CONTENDERS, PEERS
@@ -20,6 +21,7 @@ examples:
   python -m flax_mha.bench --set readme          the README's sizes; the longest
   python -m flax_mha.bench --set crossover       what implementation=None should choose here
   python -m flax_mha.bench --set accelerator     attention on a GPU or TPU; its own --help
+  python -m flax_mha.bench aot -h                what a TPU's compiler says, without a TPU
   python -m flax_mha.bench --case '4x2048x768x12 FB causal' --contenders ours,keras
 
 a case: BxTxDxN, then any of F, FB (gradient), causal, dropout=RATE, window=KEYS, alone"""
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if _set_of(words) == "accelerator":  # attention of arrays, with options of its own
         return accelerator.main(words)
+    if words[:1] == ["aot"]:
+        return aot.main(words[1:])
     options = _parser().parse_args(words)
     try:
         settings = _settings(options)
