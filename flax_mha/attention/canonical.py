@@ -68,7 +68,7 @@ def canonical(
         dropout_rate=rate if drops else 0.0,
         broadcast_dropout=checks.boolean("broadcast_dropout", broadcast_dropout) and drops,
         precision=precision,
-        block_sizes=None if block_sizes is None else checks.block_sizes(block_sizes, drops),
+        block_sizes=None if block_sizes is None else checks.block_sizes(block_sizes),
         return_weights=checks.boolean("return_weights", return_weights),
         return_residuals=checks.boolean("return_residuals", return_residuals),
     )

@@ -10,8 +10,11 @@ from flax_mha.attention.threefry import threefry
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, PRNGKey, Shape
 
-# One threefry gives two 32-bit words: four draws of 16 bits, for four neighbours along T.
+# One threefry gives two 32-bit words: four draws of 16 bits, for four queries that lie 8 apart. So
+# each draw of 8 x 128 words fills one register of a TPU, and none is shuffled.
 DRAWS = 4
+ROWS = 8
+GROUP = DRAWS * ROWS
 LEVELS = 1 << 16
 POSITIONS = 1 << 32
 RULE = "`dropout_start` must be four integers (b, n, t, s), each in [0, 2^32)."
@@ -64,10 +67,10 @@ def keep_mask(
     """Booleans `[B, N, T, S]`, True with probability 1 - rate: the weights that stay.
 
     Entry (b, n, t, s) of the tile that begins at `start` is the same whatever the tile: equal for
-    every implementation, block size and sharding. `start[-2]` must be a multiple of 4; `origin_4`,
-    where entry 0 of the call stands in the whole array, may be anywhere. The probability is
-    `1 - rate` rounded to a multiple of 2^-16. A `shared` mask is that of example 0 and head 0 for
-    all of them.
+    every implementation, block size and sharding. `start[-2]` must be a multiple of 32, unless
+    there is `origin_4`: where entry 0 of the call stands in the whole array, which may be anywhere.
+    The probability is `1 - rate` rounded to a multiple of 2^-16. A `shared` mask is that of example
+    0 and head 0 for all of them.
 
     Memory: 1 byte an entry, and two 32-bit words for every four while it is computed.
     """
@@ -78,26 +81,35 @@ def keep_mask(
     if origin_4 is None:
         return _drawn(word_2, shape, start) < round((1.0 - rate) * LEVELS)
     b, n, t, s = (jnp.asarray(i, "uint32") + origin for i, origin in zip(start, origin_4))
-    # Nobody knows where t stands among its four neighbours: up to three more are drawn, and cut.
-    more = (*shape[:2], shape[2] + DRAWS - 1, shape[3])
-    draw_BNTS = _drawn(word_2, more, (b, n, t - t % DRAWS, s))
-    draw_BNTS = jax.lax.dynamic_slice_in_dim(draw_BNTS, t % DRAWS, shape[2], axis=2)
+    # Nobody knows where t stands in its group: up to 31 more queries are drawn for, and cut.
+    more = (*shape[:2], shape[2] + GROUP - 1, shape[3])
+    draw_BNTS = _drawn(word_2, more, (b, n, t - t % GROUP, s))
+    draw_BNTS = jax.lax.dynamic_slice_in_dim(draw_BNTS, t % GROUP, shape[2], axis=2)
     return draw_BNTS < round((1.0 - rate) * LEVELS)
 
 
 def _drawn(word_2: Array, shape: Shape, start: tuple[Array | int, ...]) -> Array:
-    """16 random bits for each entry of a tile whose `start[-2]` is a multiple of 4."""
+    """16 random bits for each entry of a tile whose `start[-2]` is a multiple of 32."""
     B, N, T, S = shape
     b, n, t, s = start
-    rows = -(-T // DRAWS)
-    head_2BN = threefry((word_2[0], word_2[1]), _index(b, B)[:, None], _index(n, N)[None, :])
-    head_BN11 = (head_2BN[0][..., None, None], head_2BN[1][..., None, None])
-    row_11r1 = (_index(t, 1) // DRAWS + _index(0, rows))[None, None, :, None]
+    groups = -(-T // GROUP)
+    head_BN, tail_BN = head_words(word_2, (B, N), (b, n))
+    head_BN11 = (head_BN[..., None, None], tail_BN[..., None, None])
+    row_11r1 = (_index(t, 1) // DRAWS + _index(0, groups * ROWS))[None, None, :, None]
     column_111S = _index(s, S)[None, None, None, :]
-    word_BNr2S = jnp.stack(threefry(head_BN11, row_11r1, column_111S), -2)
+    words = threefry(head_BN11, row_11r1, column_111S)
+    word_BNg2rS = jnp.stack([x.reshape(B, N, groups, ROWS, S) for x in words], -3)
     # Stacks are written down by XLA's CPU; words that are only broadcast, each use draws again.
-    draw_BNr22S = jnp.stack((word_BNr2S & 0xFFFF, word_BNr2S >> 16), -2)
-    return draw_BNr22S.reshape(B, N, rows * DRAWS, S)[:, :, :T]
+    draw_BNg22rS = jnp.stack((word_BNg2rS & 0xFFFF, word_BNg2rS >> 16), -3)
+    return draw_BNg22rS.reshape(B, N, groups * GROUP, S)[:, :, :T]
+
+
+def head_words(
+    word_2: Array, size: tuple[int, int], first: tuple[Array | int, ...] = (0, 0)
+) -> tuple[Array, Array]:
+    """The two words `[B, N]` of each head, from which its draws come."""
+    (B, N), (b, n) = size, first[:2]
+    return threefry((word_2[0], word_2[1]), _index(b, B)[:, None], _index(n, N)[None, :])
 
 
 def drop(weights_BNTS: Array, keep_BNTS: Array, rate: float) -> Array:

@@ -209,15 +209,12 @@ def _same(what: str, *parts: Any, evidence: str | None = None) -> None:
         fail(ValueError, f"The {what} must be equal.", last)
 
 
-def block_sizes(value: Any, drops: bool) -> tuple[int, int]:
-    """(queries, keys) a block, as ints; dropout draws for four queries at a time."""
+def block_sizes(value: Any) -> tuple[int, int]:
+    """(queries, keys) a block, as ints."""
     rule = "`block_sizes` must be a pair (queries, keys) a block."
     if not isinstance(value, tuple | list) or len(value) != 2:
         fail(TypeError, rule, f"block_sizes={value!r}")
     queries, keys = (integer("block_sizes", size, minimum=1) for size in value)
-    if drops and queries % 4:
-        rule = "With dropout the queries a block must be a multiple of 4."
-        fail(ValueError, rule, f"block_sizes={value!r}")
     return queries, keys
 
 

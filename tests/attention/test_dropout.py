@@ -24,7 +24,7 @@ def mask(rate=0.25, shape=SHAPE, start=(0, 0, 0, 0), dropout_key=None):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 7, 5), (1, 2, 8, 16), (2, 1, 40, 3)])
-@pytest.mark.parametrize("start", [(0, 0, 0, 0), (0, 1, 12, 5), (0, 0, 36, 0)])
+@pytest.mark.parametrize("start", [(0, 0, 0, 0), (0, 1, 32, 5), (1, 0, 32, 0)])
 def test_any_tile_holds_the_same_bits(shape, start):
     stop = [a + n for a, n in zip(start, shape)]
     if any(b > n for b, n in zip(stop, SHAPE)):
@@ -37,7 +37,19 @@ def test_any_tile_holds_the_same_bits(shape, start):
 def test_a_traced_start_gives_the_same_bits():
     word_2 = words_of(jax.random.key(3))
     tile = jax.jit(lambda t, s: keep_mask(word_2, 0.25, (2, 3, 8, 12), (0, 0, t, s)))
-    np.testing.assert_array_equal(tile(16, 8), mask()[:, :, 16:24, 8:20])
+    np.testing.assert_array_equal(tile(32, 8), mask()[:, :, 32:, 8:20])
+
+
+def test_the_draws_are_defined_by_the_words_of_their_place():
+    """Said a second time, entry by entry: key -> head -> (group of 32 queries, row) -> draw."""
+    words = jax.random.bits(jax.random.key(3), (2,), jnp.uint32)
+    kept, (T, S) = mask(0.25, (2, 3, 70, 3)), (70, 3)
+    for b, n, t, s in [(1, 2, t, t % S) for t in range(0, T, 3)] + [(0, 1, 69, 2)]:
+        head = threefry(tuple(words), jnp.uint32(b), jnp.uint32(n))
+        group, draw, row = t // 32, t % 32 // 8, t % 8
+        word = int(threefry(head, jnp.uint32(group * 8 + row), jnp.uint32(s))[draw // 2])
+        bits = word >> 16 if draw % 2 else word & 0xFFFF
+        assert kept[b, n, t, s] == (bits < 0.75 * 2**16), (b, n, t, s)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -62,8 +74,23 @@ def test_keys_matter_and_repeat():
     assert 0.4 < (mask(0.5) == other).mean() < 0.6
 
 
-def test_threefry_is_jax_s():
+# Of Random123, the authors' own library: (key, counter) and the words after 13 rounds.
+KNOWN = [
+    ((0, 0), (0, 0), (0x9D1C5EC6, 0x8BD50731)),
+    ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2, (0xFD36D048, 0x2D17272C)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xBA3E4725, 0xF27D669E)),
+]
+
+
+@pytest.mark.parametrize(("key", "counter", "words"), KNOWN)
+def test_threefry_is_that_of_its_authors(key, counter, words):
+    key, counter = (tuple(map(jnp.uint32, x)) for x in (key, counter))
+    assert tuple(int(x) for x in threefry(key, *counter)) == words
+
+
+def test_with_20_rounds_threefry_is_jax_s(monkeypatch):
     """The words that jax.extend gives for the same key and counters."""
+    monkeypatch.setattr("flax_mha.attention.threefry.ROUNDS", 20)
     words = jax.random.bits(jax.random.key(0), (4, 1000), jnp.uint32)
     expected = threefry_2x32(words[:2, 0], words[2:])
     np.testing.assert_array_equal(jnp.stack(threefry(words[:2, 0], *words[2:])), expected)
@@ -100,8 +127,8 @@ def test_a_shared_mask_is_that_of_the_first_example_and_head():
     key = jax.random.key(3)
     shared = np.asarray(keep_mask(words_of(key), 0.25, SHAPE, shared=True))
     np.testing.assert_array_equal(shared, np.broadcast_to(mask()[:1, :1], SHAPE))
-    tile = keep_mask(words_of(key), 0.25, (1, 2, 8, 5), (1, 1, 12, 7), shared=True)
-    np.testing.assert_array_equal(tile, shared[1:, 1:, 12:20, 7:12])
+    tile = keep_mask(words_of(key), 0.25, (1, 2, 8, 5), (1, 1, 32, 7), shared=True)
+    np.testing.assert_array_equal(tile, shared[1:, 1:, 32:, 7:12])
 
 
 RAGGED = (2, 11, 6, 8)

@@ -168,7 +168,6 @@ def test_all_arguments_of_the_function_can_be_given():
         (["--shape", SHAPE, "--bias", "7,512"], r"sizes with x between them.* Received: '7,512'"),
         (["--shape", SHAPE, "--soft-cap", "0"], "soft_cap"),
         (["--shape", SHAPE, "--block-sizes", "64"], r"two sizes.* Received: '64'"),
-        (["--shape", SHAPE, "--block-sizes", "7,8", "--dropout", "0.1"], "multiple of 4"),
         (["--shape", SHAPE, "--precision", "3"], "'highest'.* Received: '3'"),
         (["--shape", SHAPE, "--value-dim", "-1"], "one size.* Received: '-1'"),
     ],

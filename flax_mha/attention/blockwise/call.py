@@ -22,7 +22,6 @@ from flax_mha.attention.blockwise.tiles import (
     of_scores,
     per_example,
     put_at,
-    scores_place,
     slice_at,
 )
 from flax_mha.attention.contract import Options
@@ -199,10 +198,13 @@ def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile, order: Order = KEYS_LAS
     if not drops(plan, blocks):
         return lambda x_rs: x_rs
     assert blocks.dropout_word_2 is not None
-    full = (tiling.B, tiling.K * tiling.G, tiling.T, tiling.S)
-    start, size = scores_place(tiling, full, tile)
+    # Not `scores_place`: there is no axis of size 1 that all share, one query fills a tile as well.
+    start = (tile.b, tile.k * tiling.G, tile.t, tile.s)
+    size = (tiling.b, tiling.k * tiling.G, tiling.t, tiling.s)
     shared = plan.options.broadcast_dropout
     origin_4 = blocks.dropout_start_4
+    if origin_4 is None and tiling.t % dropout.GROUP:  # a tile begins within a group of queries
+        origin_4 = jnp.zeros(4, "uint32")
     keep_bnts = dropout.keep_mask(blocks.dropout_word_2, rate, size, start, shared, origin_4)
     keep_bkrs = keep_bnts.reshape(tiling.b, tiling.k, tiling.r, tiling.s)
     keep_rs = order.of_rows_and_keys(keep_bkrs)

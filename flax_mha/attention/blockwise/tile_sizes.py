@@ -38,6 +38,7 @@ and heads stand side by side in each tile: the device spreads them over its unit
 from typing import Any
 
 from flax_mha.attention.blockwise.tiles import Tiling
+from flax_mha.attention.dropout import GROUP
 from flax_mha.core.platform import Place
 from flax_mha.core.sizes import is_known
 
@@ -66,8 +67,9 @@ def _block_sizes(inputs: Any, place: Place) -> tuple[int, int]:
         queries, keys = _fitting(inputs, queries, keys, place)
     if not _is_tpu(place):  # G heads share keys: a tile has G t rows
         queries = max(FEWEST_QUERIES, queries // (N // K))
+    drawn = 8 if inputs.dropout_word_2 is None else GROUP
     multiple = LANES if _is_tpu(place) else 8
-    return even_block(T, queries, multiple), even_block(S, keys, multiple)
+    return even_block(T, queries, max(multiple, drawn)), even_block(S, keys, multiple)
 
 
 def _largest_blocks(left: int | None, right: int | None, place: Place) -> tuple[int, int]:
