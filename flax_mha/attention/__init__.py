@@ -4,8 +4,8 @@ Knows no parameters, no config, no flax.
 """
 
 from flax_mha.attention.contract import Residuals as Residuals
-from flax_mha.attention.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from flax_mha.attention.dispatch import dot_product_attention as dot_product_attention
 from flax_mha.attention.dispatch import explain as explain
 from flax_mha.attention.distance import DistanceBias as DistanceBias
+from flax_mha.attention.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from flax_mha.attention.merge import merge as merge

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from flax_mha.attention import pallas_tpu
 from flax_mha.attention.blockwise.attend import attend_by
 from flax_mha.attention.blockwise.engine import (
     Blocks,
@@ -12,23 +13,28 @@ from flax_mha.attention.blockwise.engine import (
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.blockwise.signature import Signature
 from flax_mha.attention.contract import Inputs, Options, Output
+from flax_mha.attention.pallas_tpu.engine import Kernels
 from flax_mha.core.platform import Place
 from flax_mha.core.typing import Array
 
 
 def attend(inputs: Inputs, options: Options) -> Output:
     """The call by the engine of the platform that it is lowered for."""
-    return attend_by(_ByPlatform(()), inputs, options)
+    serves = pallas_tpu.unsupported(inputs, options, "tpu") is None
+    return attend_by(_ByPlatform((("tpu", Kernels()),) if serves else ()), inputs, options)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ByPlatform:
-    """The engine of each platform that has one of its own; blocks elsewhere."""
+    """The engine of each platform that has one of its own; blocks elsewhere.
+
+    Blocks too where XLA may cut arrays over devices: it cannot cut a kernel.
+    """
 
     own: tuple[tuple[str, Engine], ...]
 
     def at(self, place: Place) -> Engine:
-        return dict(self.own).get(place.platform, Blocks())
+        return dict(self.own).get(place.platform, Blocks()) if place.devices == 1 else Blocks()
 
     def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
         return self.at(place).forward(signature, known, place)

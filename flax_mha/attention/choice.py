@@ -22,7 +22,7 @@ SMALLEST_SIDE = 96
 SMALLEST_BLOCKWISE = SMALLEST_SIDE**2
 FEWEST_QUERIES = 8
 # What runs over tiles, the first that can serve the call.
-TILED = {"cpu": ("blockwise",), "gpu": ("blockwise",), "tpu": ("blockwise",)}
+TILED = {"cpu": ("blockwise",), "gpu": ("blockwise",), "tpu": ("pallas_tpu", "blockwise")}
 RULE = "blockwise from T x S = 96 x 96 and T = 8 on, reference below"
 
 

@@ -53,6 +53,7 @@ class Options:
     return_weights: bool = False
     return_residuals: bool = False
     block_sizes: tuple[int, int] | None = None
+    draws_aligned: bool = False  # whether `dropout_start_4` is known to begin a group of queries
 
 
 class Residuals(NamedTuple):

@@ -1,30 +1,25 @@
 """Chooses an implementation openly and runs it: `dot_product_attention` and `explain`."""
 
-import dataclasses
+import functools
 import inspect
+import math
 from typing import Any
 
 import jax
 
-from flax_mha.attention import blockwise, by_platform, cudnn, reference
 from flax_mha.attention.canonical import canonical
-from flax_mha.attention.choice import RULE, preferred, prefers_tiles
-from flax_mha.attention.contract import Inputs, Options, Output, Residuals
+from flax_mha.attention.choice import RULE, preferred
+from flax_mha.attention.contract import Options, Output, Residuals
+from flax_mha.attention.cut import Cut, cut_of, run_cut
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of
-from flax_mha.attention.quarantine import poison, quarantine
-from flax_mha.attention.sinks import with_sinks
+from flax_mha.attention.implementations import IMPLEMENTATIONS, chosen, known, reason, run
 from flax_mha.core import checks
-from flax_mha.core.meshes import axes_of, spec, with_auto_axes
+from flax_mha.core.meshes import axes_of, explicit_mesh, spec, with_auto_axes
 from flax_mha.core.platform import PLATFORMS
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
 
-IMPLEMENTATIONS: dict[str, Any] = {
-    "reference": reference,
-    "blockwise": blockwise,
-    "cudnn": cudnn,
-}
 # The arguments of a call that are arrays or hold some; all others are static.
 DATA = (
     *("query", "key", "value", "mask", "bias", "distance_bias", "sinks"),
@@ -80,8 +75,8 @@ def dot_product_attention(
             `dropout_start` are not looked at then.
         precision: of both products, as in `jax.numpy.einsum`.
         implementation: one of `IMPLEMENTATIONS`; None chooses. See `explain`.
-        block_sizes: (queries, keys) a block of the blockwise implementation; None = by length.
-            With dropout the queries must be a multiple of 4: it draws for four at a time.
+        block_sizes: (queries, keys) a block of the blockwise implementation or a kernel's tile;
+            None = by length. With dropout a multiple of 32 queries draws the least.
         return_weights: also return the weights `[..., N, T, S]`, before dropout.
         return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
 
@@ -124,13 +119,52 @@ def dot_product_attention(
         return_residuals=return_residuals,
     )
 
-    def attend(data: Any) -> Any:
-        inputs, options = canonical(**data, **static)
-        output = run(chosen(implementation, inputs, options), inputs, options)
-        return _restore(output, query.shape[:-3], options)
-
     wanted = (return_weights, return_residuals)
+    attend = functools.partial(
+        _attend, static=static, implementation=implementation, cut=_cut(query, key, value)
+    )
     return with_auto_axes(attend, lambda: _placed(query, key, value, *wanted), data)
+
+
+def attention_cut(cut: Cut | None, query: Array, key: Array, value: Array, **call: Any) -> Any:
+    """`dot_product_attention` of arrays with automatic axes only, cut over devices as told.
+
+    Example:
+        >>> import jax
+        >>> x = jax.numpy.zeros((2, 5, 3, 8))
+        >>> attention_cut(None, x, x, x, is_causal=True).shape
+        (2, 5, 3, 8)
+    """
+    data, static, implementation = _bound(query, key, value, call)
+    return _attend(data, static, implementation, cut)
+
+
+def _attend(data: Any, static: Any, implementation: str | None, cut: Cut | None) -> Any:
+    inputs, options = canonical(**data, **static)
+    one = functools.partial(run, chosen(implementation, inputs, options))
+    return _restore(run_cut(cut, one, inputs, options), data["query"].shape[:-3], options)
+
+
+def _bound(query: Any, key: Any, value: Any, call: Any) -> tuple[Any, Any, str | None]:
+    """The arguments of a call, with their defaults: data, static ones, and the name."""
+    bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
+    bound.apply_defaults()
+    given = bound.arguments
+    given["mask"] = _before_tracing(given["mask"])
+    given["dropout_start"] = start_of(given["dropout_start"])
+    implementation = given.pop("implementation")
+    static = {name: x for name, x in given.items() if name not in DATA}
+    return {name: given[name] for name in DATA}, static, implementation
+
+
+def _cut(query: Array, key: Array, value: Array) -> Cut | None:
+    """How the arrays' types say that examples and heads are cut."""
+    mesh = explicit_mesh((query, key, value))
+    if mesh is None:
+        return None
+    checks.attention_arrays(query, key, value)
+    *batch, _, heads, _ = axes_of(query)
+    return cut_of(mesh, batch, heads, math.prod(query.shape[:-3]), key.shape[-2])
 
 
 def _placed(query: Array, key: Array, value: Array, weights: bool, residuals: bool) -> Any:
@@ -178,14 +212,10 @@ def explain(
         >>> flax_mha.explain(x, x, x, return_weights=True, platform="tpu")["blockwise"]
         'it never holds the weights [T, S] that return_weights asks for'
     """
-    _known(implementation)
+    known(implementation)
     where = jax.default_backend() if platform is None else platform
     checks.one_of("platform", where, PLATFORMS)
-    bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
-    bound.apply_defaults()
-    bound.arguments["mask"] = _before_tracing(bound.arguments["mask"])
-    bound.arguments["dropout_start"] = start_of(bound.arguments["dropout_start"])
-    static = {k: x for k, x in bound.arguments.items() if k not in (*DATA, "implementation")}
+    data, static, _ = _bound(query, key, value, call)
     reasons: dict[str, str] = {}
 
     def trace(data: Any) -> None:
@@ -197,7 +227,7 @@ def explain(
         reasons[preferred(names, inputs, where)] += f", and None chooses it: {why}"
 
     automatic = lambda data: with_auto_axes(trace, spec, data)  # noqa: E731
-    jax.eval_shape(automatic, {name: bound.arguments[name] for name in DATA})
+    jax.eval_shape(automatic, data)
     return reasons
 
 
@@ -206,52 +236,6 @@ def _before_tracing(mask: Any) -> Any:
     if not checks.is_array(mask) or isinstance(mask, jax.ShapeDtypeStruct):
         return mask
     return checks.boolean_mask("mask", mask)
-
-
-def reason(name: str, inputs: Inputs, options: Options, platform: str | None) -> str | None:
-    """Why the implementation cannot serve the call on a platform; None where it can."""
-    return IMPLEMENTATIONS[name].unsupported(inputs, options, platform)
-
-
-def able(inputs: Inputs, options: Options) -> list[str]:
-    """The names of the implementations that can serve the call, each where it can run."""
-    return [name for name in IMPLEMENTATIONS if reason(name, inputs, options, None) is None]
-
-
-def chosen(implementation: str | None, inputs: Inputs, options: Options) -> Any:
-    """The named implementation or an error; only None chooses, by `choice`'s rule."""
-    names = able(inputs, options)
-    if implementation is None:
-        return by_platform if prefers_tiles(names, inputs) else reference
-    _known(implementation)
-    if implementation not in names:
-        why = reason(implementation, inputs, options, None)
-        rule = f"implementation={implementation!r} cannot serve this call: {why}."
-        evidence = _described(inputs, options)
-        checks.fail(NotImplementedError, rule, evidence, f"Those that can: {names}.")
-    return IMPLEMENTATIONS[implementation]
-
-
-def _described(inputs: Inputs, options: Options) -> str:
-    """A call in short: its shapes, and the options that are not at their defaults."""
-    arrays = (("query", inputs.query_BTNH), ("key", inputs.key_BSKH))
-    shapes = [f"{name} {list(x.shape)}" for name, x in arrays]
-    fields = [field for field in dataclasses.fields(options) if field.name != "scale"]
-    values = {field: getattr(options, field.name) for field in fields}
-    given = [f"{field.name}={x!r}" for field, x in values.items() if x != field.default]
-    return ", ".join([*shapes, *given])
-
-
-def run(implementation: Any, inputs: Inputs, options: Options) -> Output:
-    """Runs one on inputs from which removed positions are kept away."""
-    safe, broken_BT = quarantine(inputs)
-    output = with_sinks(implementation.attend(safe, options), inputs.sinks_N)
-    return output._replace(context_BTNV=poison(output.context_BTNV, broken_BT))
-
-
-def _known(implementation: str | None) -> None:
-    if implementation is not None:
-        checks.one_of("implementation", implementation, IMPLEMENTATIONS)
 
 
 def _restore(output: Output, batch: Shape, options: Options) -> Any:

@@ -9,7 +9,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 class Place(NamedTuple):
-    """One of `PLATFORMS`, and over how many devices XLA may spread what is computed."""
+    """One of `PLATFORMS` or "any", and over how many devices XLA may spread what is computed."""
 
     platform: str
     devices: int = 1
@@ -18,6 +18,11 @@ class Place(NamedTuple):
     def here(cls) -> "Place":
         """One device of the machine that asks."""
         return cls(jax.default_backend())
+
+    @classmethod
+    def anywhere(cls) -> "Place":
+        """No place: of a program that is looked at for the types of its outputs alone."""
+        return cls("any")
 
     @classmethod
     def lowered_for(cls, context: Any, platform: str) -> "Place":

@@ -32,6 +32,17 @@ def full(like: Array, shape: Shape, value: Any, dtype: DType | None = None) -> A
     return jax.lax.full_like(like, value, dtype or like.dtype, shape)
 
 
+def shaped_like(like: Array, shape: Shape, dtype: DType) -> jax.ShapeDtypeStruct:
+    """The type of an array that varies as `like` does: what a kernel must say of its outputs."""
+    axes = varying_axes(like)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind: Any = jax.typeof(like)
+    if hasattr(kind, "manual_axis_type"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.manual_axis_type)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)  # type: ignore[call-arg]
+
+
 def _vary(x: Any, axes: frozenset[str]) -> Any:
     if not axes:
         return x

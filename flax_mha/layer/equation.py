@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention import dot_product_attention
+from flax_mha.attention.cut import Cut
+from flax_mha.attention.dispatch import attention_cut
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.folding import Folding
 from flax_mha.core.meshes import with_auto_axes
@@ -18,7 +19,13 @@ from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.call import Call, checked_folding, prepare
 from flax_mha.layer.extend import News, View, extend, misplaced, read_source
 from flax_mha.layer.heads import key_heads, query_heads, value_heads
-from flax_mha.layer.outputs import cache_spec, output_spec, projection_specs, scores_spec
+from flax_mha.layer.outputs import (
+    attention_axes,
+    cache_spec,
+    output_spec,
+    projection_specs,
+    scores_spec,
+)
 from flax_mha.layer.placement import distance_bias
 from flax_mha.layer.projection import as_rank
 from flax_mha.masks import Mask
@@ -76,7 +83,8 @@ def layer(
 ) -> Activations:
     """The equation, with the explicit axes of a mesh made automatic where the arrays have any."""
     data = (params, arrays, restrictions, dropout_key, cache)
-    run = functools.partial(_equation, config=config, flags=flags)
+    cut = attention_axes(params, arrays, config) if cache is None else None
+    run = functools.partial(_equation, config=config, flags=flags, cut=cut)
     return with_auto_axes(run, lambda: _placed(params, arrays, cache, config, flags), *data)
 
 
@@ -107,13 +115,15 @@ def _equation(
     cache: KVCache | CrossCache | None,
     config: MultiHeadAttentionConfig,
     flags: Flags,
+    cut: Cut | None,
 ) -> Activations:
     """query, key, value -> projections -> attention -> (gate) -> output projection."""
     call = prepare(params, arrays, restrictions, config, flags.use_causal_mask, cache)
     project, folding = call.project, call.folding
     query_BTNH = query_heads(params, call, config)
     view, new_cache = _view(params, call, config, flags, cache)
-    attended = dot_product_attention(
+    attended = attention_cut(
+        cut,
         query_BTNH,
         view.key_BSKH,
         view.value_BSKV,

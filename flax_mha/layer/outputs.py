@@ -4,15 +4,18 @@ An output is placed as the query, its features as those of the output kernel; he
 heads; a cache as it came. A mesh axis that would stand in a result twice stays with the first.
 """
 
+import math
 from typing import Any
 
 import jax
 
+from flax_mha.attention.cut import Cut, cut_of
 from flax_mha.core.folding import Folding
-from flax_mha.core.meshes import axes_of, spec, spec_of
+from flax_mha.core.meshes import axes_of, explicit_mesh, spec, spec_of
 from flax_mha.core.typing import ParamsLike
 from flax_mha.layer.arguments import Arrays
 from flax_mha.layer.caches import CrossCache, KVCache
+from flax_mha.layer.call import checked_folding
 
 
 def leading_axes(x: Any, others: list[Any], folding: Folding) -> tuple[Any, ...]:
@@ -64,6 +67,18 @@ def projection_specs(params: ParamsLike, arrays: Arrays, folding: Folding) -> di
         for name, x in inputs.items()
         if name in params
     }
+
+
+def attention_axes(params: ParamsLike, arrays: Arrays, config: Any) -> Cut | None:
+    """How the attention inside is cut: examples as the inputs, heads as the kernels."""
+    mesh = explicit_mesh((params, arrays))
+    if mesh is None:
+        return None
+    folding = checked_folding(params, arrays, config, None)
+    leading = leading_axes(arrays[0], [*arrays[1:]], folding)
+    batch = [axes for axis, axes in enumerate(leading) if axis not in folding.attended]
+    key = params["key"]["kernel"]
+    return cut_of(mesh, batch, axes_of(key)[1], math.prod(folding.batch), key.shape[1])
 
 
 def cache_spec(cache: KVCache | CrossCache | None) -> Any:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from attention_cases import CASES, B, H, N, S, T, V
 from helpers import assert_close, normal, x64
-from implementations import ELSEWHERE, HERE, SLOW, rows
+from implementations import ELSEWHERE, HERE, SLOW
 
 from flax_mha import IMPLEMENTATIONS, Mask, dot_product_attention, explain
-from flax_mha.attention import dispatch
+from flax_mha.attention import dispatch, implementations
 from flax_mha.attention.canonical import canonical
+from flax_mha.attention.contract import Output
 
 # implementation -> {what it must refuse: the regex of its reason}; an unexpected success fails.
 REFUSALS: dict[str, dict[str, tuple[type[Exception], str]]] = {
@@ -21,9 +22,16 @@ REFUSALS: dict[str, dict[str, tuple[type[Exception], str]]] = {
     "blockwise": {
         "weights": (NotImplementedError, "never holds the weights"),
     },
+    "pallas_interpreted": {
+        "weights": (NotImplementedError, "never holds the weights"),
+    },
 }
 # Blocks below, above and beside the lengths of the table: t > s, t < s, equal, no divisors, larger.
-BLOCKS = {"reference": [None], "blockwise": [(8, 4), None, (4, 10), (16, 16), (12, 3), (64, 128)]}
+BLOCKS = {
+    "reference": [None],
+    "blockwise": [(8, 4), None, (4, 10), (16, 16), (12, 3), (64, 128)],
+    "pallas_interpreted": [None],
+}
 ROWS = [
     pytest.param(
         name,
@@ -46,7 +54,8 @@ def served(name, feature, run):
     return None
 
 
-@pytest.fixture(params=rows())
+# The interpreted kernel has tables of its own for what is more than the forward pass.
+@pytest.fixture(params=[name for name in HERE if name not in SLOW])
 def implementation(request):
     return request.param
 
@@ -273,13 +282,14 @@ class Picky:
     @staticmethod
     def attend(inputs, options):
         context = jnp.full_like(inputs.query_BTNH, 7)
-        return dispatch.Output(context)
+        return Output(context)
 
 
 @pytest.fixture
 def picky(monkeypatch):
     table = {"picky": Picky, **IMPLEMENTATIONS}
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", table)
+    for module in (dispatch, implementations):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
 
 
 def test_named_means_named(picky):

@@ -6,6 +6,7 @@ logits, all allowed keys weigh the same.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from attention_cases import CASES
 from helpers import assert_close, normal, x64
-from implementations import HERE, rows
+from implementations import HERE, SLOW
 
 from flax_mha import dot_product_attention
 from flax_mha.attention import DistanceBias, merge
@@ -177,28 +178,42 @@ def shifts_of(name):
     return SWALLOWING if "soft_cap" in FULL[name].call else SHIFTS
 
 
-@pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("implementation", rows())
+QUICK = [name for name in HERE[::-1] if name not in SLOW]  # these have float16 and float64 too
+# Of the TPU's kernel, which takes seconds a call when it is interpreted, and no float16.
+OF_THE_KERNEL = ("all masks", "bias", "soft cap")
+
+
+def table():
+    """(name, dtype, implementation), slow ones marked."""
+    for name, dtype in itertools.product(FULL, ("float32", "bfloat16", "float16")):
+        for implementation in HERE:
+            own = name in OF_THE_KERNEL and dtype != "float16"
+            if implementation not in SLOW:
+                yield pytest.param(name, dtype, implementation)
+            elif own:
+                yield pytest.param(name, dtype, implementation, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "dtype", "implementation"), [*table()])
 def test_a_row_s_shift_changes_nothing(name, dtype, implementation):
     check(name, implementation, dtype, shifts_of(name))
 
 
 @pytest.mark.parametrize("name", [name for name, x in FULL.items() if "distance_bias" in x.call])
-@pytest.mark.parametrize("implementation", rows(HERE[::-1]))
+@pytest.mark.parametrize("implementation", QUICK)
 def test_a_shift_of_all_distances_changes_nothing(name, implementation):
     check(name, implementation, "float32", shifts_of(name), by="values")
 
 
 @pytest.mark.parametrize("name", ["bias", "all masks", "sinks"])
-@pytest.mark.parametrize("implementation", rows(HERE[::-1]))
+@pytest.mark.parametrize("implementation", QUICK)
 def test_in_float64_and_without_jit(name, implementation):
     with x64():
         check(name, implementation, "float64", (0.0, 1e12, -1e16, 1e300), jit=lambda f: f)
 
 
 @pytest.mark.parametrize("shift", [1e4, 1e7, -1e8, 1e30, LEAST])
-@pytest.mark.parametrize("implementation", rows(HERE[::-1]))
+@pytest.mark.parametrize("implementation", QUICK)
 def test_merged_parts_do_not_see_it_either(shift, implementation):
     x, probe = normal(0, 1, 24, 2, 8), normal(1, 1, 24, 2, 8)
     grid = jnp.asarray(gridded(x))
@@ -222,7 +237,7 @@ def test_merged_parts_do_not_see_it_either(shift, implementation):
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("implementation", rows(HERE[::-1]))
+@pytest.mark.parametrize("implementation", QUICK)
 def test_the_least_number_of_a_dtype_as_a_mask(name, implementation):
     """What BERT, Flax and transformers hand over: padded queries see finfo.min everywhere."""
     x = normal(0, 1, 128, 2, 16)
@@ -235,7 +250,7 @@ def test_the_least_number_of_a_dtype_as_a_mask(name, implementation):
 
 @pytest.mark.parametrize("size", [300.0, 3000.0, 1e4, 1e10])
 @pytest.mark.parametrize("H", [48, 64, 128])
-@pytest.mark.parametrize("implementation", rows(HERE[::-1]))
+@pytest.mark.parametrize("implementation", QUICK)
 def test_large_16_bit_logits_are_rounded_once(size, H, implementation):
     """1 / sqrt(48) and 1 / sqrt(128) are no powers of two: a fused factor rounds twice."""
     query = (size * normal(0, 1, 96, 2, H)).astype("bfloat16")

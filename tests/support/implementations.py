@@ -9,10 +9,11 @@ from flax_mha import IMPLEMENTATIONS
 
 # What needs another machine -> the regex with which it refuses every call here.
 ELSEWHERE = {
+    "pallas_tpu": r"'pallas_tpu' is a kernel for TPU\..*a program for cpu.*runs blockwise here",
     "cudnn": r"it is for NVIDIA GPUs, which jax asks while it traces, not for cpu",
 }
 # What runs here and takes long: its rows of a table are slow tests, all of them.
-SLOW: set[str] = set()
+SLOW = {"pallas_interpreted"}
 
 HERE = [name for name in IMPLEMENTATIONS if name not in ELSEWHERE]
 

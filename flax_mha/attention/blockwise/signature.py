@@ -55,6 +55,11 @@ class Signature:
         """How many arrays the facts are."""
         return self.facts.num_leaves
 
+    def blocks(self, arrays: list[Array]) -> Blocks:
+        """The arrays by their names, as they are."""
+        facts = jax.tree.unflatten(self.facts, arrays[: self.leaves])
+        return _blocks(facts, dict(zip(self.names, arrays[self.leaves :])))
+
     def filled(self, arrays: list[Array], place: Place) -> tuple[Plan, Blocks]:
         """The tiles' sizes, and the arrays filled up to whole blocks."""
         facts = jax.tree.unflatten(self.facts, arrays[: self.leaves])

@@ -144,7 +144,7 @@ def _splash_attend(kernel: Any, case: Case, data: Data) -> Array:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        *(_ours(name) for name in IMPLEMENTATIONS if not name.endswith("interpreted")),
+        *(_ours(name) for name in IMPLEMENTATIONS if name not in ("pallas_interpreted", "cudnn")),
         _splash("splash 512", 512),
         _splash("splash 1024", 1024),
         _splash("splash fused", 1024, fused=True),

@@ -13,7 +13,7 @@ from flax_mha.bench.aot.contenders import CONTENDERS, program
 WITHOUT = {"bias": "bias", "distance_bias": "bias", "dropout=0.1": "dropout"}
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("gradient", [True])  # which needs the forward pass
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_program_can_be_traced_or_says_why_not(name, case, gradient):

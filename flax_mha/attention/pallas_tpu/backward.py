@@ -1,0 +1,198 @@
+"""Backward kernel: a key block meets its query blocks; all three gradients in one pass.
+
+    exp = e^(logits - row_max)          d_context, delta: already divided by row_sum
+    d_logits = exp (drop(d_context . value^T) - delta)       d_product = cap' d_logits
+    d_query = scale d_product . key     d_key = d_product^T . scale query
+    d_value = drop(exp)^T . d_context
+
+d_query of all queries stays in VMEM until every key block has added to it: of more queries than
+there is room for, some heads or some rows go at a time, and the keys' gradients are summed over
+these turns. d_key and d_value are summed transposed, `[h, s]`: so queries stand in rows in every
+product and every mask, as in the forward kernel.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from flax_mha.attention.pallas_tpu.launch import launch
+from flax_mha.attention.pallas_tpu.operands import SCALARS, At, of_example
+from flax_mha.attention.pallas_tpu.plan import LANES, Plan
+from flax_mha.attention.pallas_tpu.spans import NUMBERS
+from flax_mha.attention.pallas_tpu.tile import (
+    COLUMNS_BY_COLUMNS,
+    ROWS_BY_COLUMNS,
+    ROWS_BY_ROWS,
+    Here,
+    allowed,
+    as_column,
+    dot,
+    dropped,
+    keeps,
+    logits,
+    parts,
+    wide,
+)
+from flax_mha.core.typing import Array
+
+BYTES_A_TURN = 32 << 20  # of d_query in VMEM, where an output has two blocks
+
+
+def backward(plan: Plan, operands: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """d_query `[B, K, G, T, H]`, d_key `[B, K, S, H]`, d_value `[B, K, S, V]`; float32."""
+    heads, blocks = _turn(plan)
+    over_heads, over_blocks = plan.G // heads, -(-plan.query_blocks // blocks)
+    run = functools.partial(_turn_of, plan, operands, heads, blocks)
+    if over_heads * over_blocks == 1:
+        d_query, d_key, d_value = run(0, 0)
+        return d_query, d_key, d_value
+
+    def turn(index: Array, sums: Any) -> Any:
+        g, i = jax.lax.div(index, over_blocks) * heads, jax.lax.rem(index, over_blocks) * blocks
+        d_query, d_key, d_value = run(g, i)
+        place = (0, 0, g, i * plan.t, 0)
+        return (
+            jax.lax.dynamic_update_slice(sums[0], d_query, place),
+            sums[1] + d_key,
+            sums[2] + d_value,
+        )
+
+    like = operands["query"]
+    zeros = lambda *shape: jax.lax.full_like(like, 0, "float32", shape)  # noqa: E731
+    rows = over_blocks * blocks * plan.t
+    B, K, S = plan.B, plan.K, plan.S
+    start = (zeros(B, K, plan.G, rows, plan.H), zeros(B, K, S, plan.H), zeros(B, K, S, plan.V))
+    d_query, d_key, d_value = jax.lax.fori_loop(0, over_heads * over_blocks, turn, start)
+    return d_query[:, :, :, : plan.T], d_key, d_value
+
+
+def _turn(plan: Plan) -> tuple[int, int]:
+    """(query heads of a key/value head, query blocks) a turn."""
+    rows = BYTES_A_TURN // (2 * 4 * LANES * math.ceil(plan.H / LANES))
+    if rows < plan.T:
+        return 1, max(1, rows // plan.t)
+    most = rows // plan.T
+    return max(n for n in range(1, most + 1) if plan.G % n == 0), plan.query_blocks
+
+
+def _turn_of(
+    plan: Plan, operands: dict[str, Array], heads: int, blocks: int, g: Any, i: Any
+) -> list[Array]:
+    """The gradients of one turn's queries, those of query head g and block i on."""
+    first = jnp.asarray([[g, i]], "int32")
+    steps = min(blocks, plan.query_steps)
+    rows = (plan.B, plan.K, heads, blocks * plan.t, plan.H)
+    types = {"d_query": rows, "d_key": (plan.B, plan.K, plan.S, plan.H)}
+    types["d_value"] = (plan.B, plan.K, plan.S, plan.V)
+    everything = pl.BlockSpec(
+        (None, None, heads, rows[3], plan.H), lambda b, k, *_: (b, k, 0, 0, 0)
+    )
+    keys = lambda b, k, j, *_: (b, k, j, 0)  # noqa: E731
+    return launch(
+        plan,
+        functools.partial(_kernel, heads=heads, blocks=blocks, steps=steps),
+        name="flax_mha_backward",
+        operands={**operands, "turn": first},
+        outputs={n: jax.ShapeDtypeStruct(x, "float32") for n, x in types.items()},
+        output_specs={
+            "d_query": everything,
+            "d_key": pl.BlockSpec((None, None, plan.s, plan.H), keys),
+            "d_value": pl.BlockSpec((None, None, plan.s, plan.V), keys),
+        },
+        grid=(plan.B, plan.K, plan.key_blocks, heads, steps),
+        sequential=3,
+        at=functools.partial(_at, plan, blocks=blocks),
+        scratch={
+            "d_key_hs": pltpu.VMEM((plan.H, plan.s), jnp.float32),
+            "d_value_vs": pltpu.VMEM((plan.V, plan.s), jnp.float32),
+        },
+    )
+
+
+def _at(plan: Plan, b: Any, k: Any, j: Any, g: Any, step: Any, *scalars: Any, blocks: int) -> At:
+    """The tile of a step; where nothing is left to visit, the last block, not fetched anew."""
+    turn = scalars[SCALARS.index("turn")]
+    start, _, _, stop = _span(plan, scalars, b, j, turn[1], blocks)
+    last = jnp.maximum(jnp.minimum(stop, plan.query_blocks) - 1, 0)
+    return At(b, k, turn[0] + g, jnp.clip(start + step, 0, last), j)
+
+
+def _span(plan: Plan, scalars: Any, b: Any, j: Any, first: Any, blocks: int) -> list[Any]:
+    """The query blocks of this turn that meet key block j."""
+    spans = scalars[SCALARS.index("spans")]
+    place = of_example(plan, "spans", b) * plan.shape("spans")[1] + j * NUMBERS
+    start, whole_start, whole_stop, stop = (spans[place + n] for n in range(NUMBERS))
+    return [
+        jnp.maximum(start, first),
+        whole_start,
+        whole_stop,
+        jnp.minimum(stop, first + blocks),
+    ]
+
+
+def _kernel(plan: Plan, refs: dict[str, Any], heads: int, blocks: int, steps: int) -> None:
+    b, k, j, g, step = (pl.program_id(axis) for axis in range(5))
+    first = refs["turn"][1]
+    scalars = [refs[n] for n in SCALARS]
+    start, whole_start, whole_stop, stop = _span(plan, scalars, b, j, first, blocks)
+    i = start + step
+    at = At(b, k, refs["turn"][0] + g, i, j)
+    is_first, is_last = (g == 0) & (step == 0), (g == heads - 1) & (step == steps - 1)
+
+    @pl.when(is_first & (j == 0))
+    def _() -> None:
+        refs["d_query"][...] = jnp.zeros_like(refs["d_query"])
+
+    @pl.when(is_first)
+    def _() -> None:
+        refs["d_key_hs"][...] = jnp.zeros_like(refs["d_key_hs"])
+        refs["d_value_vs"][...] = jnp.zeros_like(refs["d_value_vs"])
+
+    visited, whole = i < stop, (i >= whole_start) & (i < whole_stop)
+    add = functools.partial(_add_tile, plan, refs, at, g, (i - first) * plan.t)
+    pl.when(visited & whole)(functools.partial(add, masked=False))
+    if plan.is_masked:
+        pl.when(visited & ~whole)(functools.partial(add, masked=True))
+
+    @pl.when(is_last)
+    def _() -> None:
+        refs["d_key"][...] = refs["d_key_hs"][...].T * plan.scale
+        refs["d_value"][...] = refs["d_value_vs"][...].T
+
+
+def _add_tile(plan: Plan, refs: dict[str, Any], at: At, g: Any, row: Any, masked: bool) -> None:
+    part = plan.backward_part
+    for own in range(0, plan.t, part.rows):
+        place = pl.ds(pl.multiple_of(row + own, part.rows), part.rows)
+        for here in parts(plan, refs, at, part, own):
+            d_product, kept = d_logits(here, masked)[1:]
+            query, d_context = refs["query"][here.rows], refs["d_context"][here.rows]
+            # In this order: sizes.py says why.
+            d_value_vs = dot(plan, d_context, kept, COLUMNS_BY_COLUMNS)
+            d_key_hs = dot(plan, query, d_product, COLUMNS_BY_COLUMNS)
+            d_query = dot(plan, d_product, refs["key"][here.columns], ROWS_BY_COLUMNS)
+            refs["d_query"][g, place] = refs["d_query"][g, place] + d_query
+            refs["d_key_hs"][:, here.columns] = refs["d_key_hs"][:, here.columns] + d_key_hs
+            refs["d_value_vs"][:, here.columns] = refs["d_value_vs"][:, here.columns] + d_value_vs
+
+
+def d_logits(here: Here, masked: bool) -> tuple[Array, Array, Array]:
+    """d_logits in float32; d_product and the kept exp in the compute dtype, for products."""
+    plan, refs, rows, columns = here.plan, here.refs, here.rows, here.columns
+    size = here.part.columns
+    query, key, value = refs["query"][rows], refs["key"][columns], refs["value"][columns]
+    logits_ts, slope = logits(here, query, key, plan.scale)
+    if masked:
+        logits_ts = jnp.where(allowed(here), logits_ts, -jnp.inf)
+    exp_ts = jnp.exp(logits_ts - wide(as_column(refs["row_max"][:, rows]), size))
+    d_exp = dot(plan, refs["d_context"][rows], value, ROWS_BY_ROWS)
+    kept = keeps(here) if plan.rate > 0 else None
+    delta = wide(as_column(refs["delta"][:, rows]), size)
+    d_logits_ts = exp_ts * (dropped(d_exp, kept) - delta)
+    d_product = d_logits_ts if slope is None else d_logits_ts * slope
+    return d_logits_ts, d_product.astype(key.dtype), dropped(exp_ts, kept).astype(value.dtype)

@@ -1,0 +1,116 @@
+"""The static half of a kernel's call: sizes, the tiles' shape, and which operands there are.
+
+T and S are filled up to whole tiles of t queries and s keys; N = K G, query head n = k G + g.
+A program instance computes one tile of one head, in parts of `rows` queries and `columns` keys.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax_mha.core.typing import Shape
+
+LANES = 128  # numbers in a row of a TPU's vector register; of eight such rows
+Band = tuple[int | None, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of a tile that is computed at once."""
+
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of one call; `shapes` = the operands that it has, by name."""
+
+    B: int
+    K: int
+    G: int
+    T: int
+    S: int
+    H: int
+    V: int
+    t: int
+    s: int
+    band: Band
+    scale: float  # of the product; 1 where the query has it already
+    soft_cap: float | None
+    rate: float
+    precision: Any
+    interpret: bool
+    shapes: tuple[tuple[str, Shape], ...] = ()
+
+    @property
+    def query_blocks(self) -> int:
+        return self.T // self.t
+
+    @property
+    def key_blocks(self) -> int:
+        return self.S // self.s
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.shapes)
+
+    def shape(self, name: str) -> Shape:
+        return dict(self.shapes)[name]
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether there are tiles of which a mask may take a part."""
+        has = any(name.startswith(("query_ids", "dense")) for name in self.names)
+        return has or self.band != (None, None)
+
+    @property
+    def scales_late(self) -> bool:
+        """Whether the logits are the products but for a positive factor.
+
+        Then differences of products are scaled, which is no work beyond that of e^x = 2^(x log2 e).
+        """
+        is_alone = self.soft_cap is None and not {"bias", "distances"} & set(self.names)
+        return is_alone and self.scale > 0
+
+    @property
+    def key_steps(self) -> int:
+        """How many key blocks a query block meets at most."""
+        return min(self.key_blocks, self._most(self.t, self.s))
+
+    @property
+    def query_steps(self) -> int:
+        """How many query blocks a key block meets at most."""
+        return min(self.query_blocks, self._most(self.s, self.t))
+
+    def _most(self, here: int, there: int) -> int:
+        """Blocks of `there` positions that a band around `here` positions may touch."""
+        left, right = self.band
+        if left is None or right is None:
+            return max(self.query_blocks, self.key_blocks)
+        return (here + left + right + there - 2) // there + 1
+
+    @property
+    def forward_part(self) -> Part:
+        """All queries and half of the keys: so its products overlap with the other's softmax.
+
+        With dropout a quarter, so that they overlap with the draws.
+        """
+        return Part(self.t, largest_divisor(self.s, 256 if self.rate > 0 else 512))
+
+    @property
+    def backward_part(self) -> Part:
+        """The whole tile: its five products leave the vector units time enough.
+
+        With dropout a column of registers at a time, so that products overlap with the draws.
+        """
+        return Part(self.t, LANES if self.rate > 0 else self.s)
+
+
+def largest_divisor(size: int, most: int) -> int:
+    """The greatest multiple of a register's lanes that divides `size`, at most `most`.
+
+    Example:
+        >>> largest_divisor(1024, 512), largest_divisor(640, 512), largest_divisor(384, 512)
+        (512, 128, 384)
+    """
+    return max(n for n in range(LANES, most + 1, LANES) if size % n == 0)
