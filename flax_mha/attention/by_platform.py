@@ -4,18 +4,10 @@ import dataclasses
 
 from flax_mha.attention import pallas_tpu
 from flax_mha.attention.blockwise.attend import attend_by
-from flax_mha.attention.blockwise.engine import (
-    Blocks,
-    Cotangents,
-    Engine,
-    Gradients,
-)
-from flax_mha.attention.blockwise.forward import Softmax
-from flax_mha.attention.blockwise.signature import Signature
+from flax_mha.attention.blockwise.engine import Blocks, Computation, Engine
 from flax_mha.attention.contract import Inputs, Options, Output
 from flax_mha.attention.pallas_tpu.engine import Kernels
 from flax_mha.core.platform import Place
-from flax_mha.core.typing import Array
 
 
 def attend(inputs: Inputs, options: Options) -> Output:
@@ -33,18 +25,6 @@ class _ByPlatform:
 
     own: tuple[tuple[str, Engine], ...]
 
-    def at(self, place: Place) -> Engine:
-        return dict(self.own).get(place.platform, Blocks()) if place.devices == 1 else Blocks()
-
-    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
-        return self.at(place).forward(signature, known, place)
-
-    def backward(
-        self,
-        signature: Signature,
-        known: list[Array],
-        softmax: Softmax,
-        cotangents: Cotangents,
-        place: Place,
-    ) -> Gradients:
-        return self.at(place).backward(signature, known, softmax, cotangents, place)
+    def at(self, place: Place) -> Computation:
+        own = dict(self.own).get(place.platform, Blocks()) if place.devices == 1 else Blocks()
+        return own.at(place)

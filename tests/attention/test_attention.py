@@ -262,11 +262,10 @@ def test_precision_reaches_both_products():
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_what_needs_another_machine_refuses_here(name):
-    """An unexpected success fails; the reason is printed, for none of the tables runs it."""
+    """None of the tables runs it; an unexpected success fails."""
     arrays = CASES["plain"].arrays("bfloat16")
-    with pytest.raises(NotImplementedError, match=ELSEWHERE[name]) as refusal:
+    with pytest.raises(NotImplementedError, match=ELSEWHERE[name]):
         attend(arrays, {}, implementation=name)
-    pytest.skip(f"no table of these tests runs it: {refusal.value}")
 
 
 # --- the choice ---------------------------------------------------------------------------------

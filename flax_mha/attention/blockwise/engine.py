@@ -19,7 +19,13 @@ Gradients = dict[str, Array]  # of the signature's arrays, by their names
 
 
 class Engine(Protocol):
-    """Computes a call where it is lowered for; static and hashable."""
+    """Says what computes a call where it is lowered for, or refuses; static and hashable."""
+
+    def at(self, place: Place) -> "Computation": ...
+
+
+class Computation(Protocol):
+    """What computes a call at a place."""
 
     def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax: ...
 
@@ -36,6 +42,9 @@ class Engine(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Loops over blocks of queries and keys, on every platform."""
+
+    def at(self, place: Place) -> "Blocks":
+        return self
 
     def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
         plan, blocks = signature.filled(known, place)

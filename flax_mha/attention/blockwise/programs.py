@@ -44,7 +44,7 @@ class Forward(Program):
         return len(Softmax._fields)
 
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
-        return list(self.engine.forward(self.signature, known, place))
+        return list(self.engine.at(place).forward(self.signature, known, place))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Gradient(Program):
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
         split = len(known) - len(Softmax._fields)
         arrays, softmax, (d_context, d_row_sum) = known[:split], Softmax(*known[split:]), linear
-        gradients = self.of.engine.backward(
+        gradients = self.of.engine.at(place).backward(
             self.of.signature, arrays, softmax, (d_context, d_row_sum), place
         )
         moving = zip(self.of.function.moving, self.of.linear)

@@ -25,8 +25,11 @@ class Kernels:
 
     interpret: bool = False
 
-    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
+    def at(self, place: Place) -> "Kernels":
         self._check(place)
+        return self
+
+    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
         call = prepare(signature, known, self.interpret)
         spans = key_spans(call.tiles)
         context, row_max, row_sum = joins_examples(forward)(*with_spans(call, spans))
@@ -40,7 +43,6 @@ class Kernels:
         cotangents: Cotangents,
         place: Place,
     ) -> Gradients:
-        self._check(place)
         call = prepare(signature, known, self.interpret)
         operands = _of_rows(call, softmax, cotangents)
         spans = query_spans(call.tiles)
