@@ -47,5 +47,4 @@ def test_a_rehearsal_runs_the_tests_on_the_cpu(accelerators):
     chosen = "(bfloat16 and causal and not long and not features) or (0.5 and float32)"
     done = accelerators("-k", chosen, JAX_PLATFORMS="cpu", FLAX_MHA_REHEARSAL="1")
     assert done.returncode == 0, done.stdout
-    assert "cudnn: it is for NVIDIA GPUs" in done.stdout
     assert " passed" in done.stdout
