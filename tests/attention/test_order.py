@@ -1,7 +1,7 @@
 """Tiles turned as a TPU computes them, on this machine: the numbers of tiles that are not.
 
-`Turned` is the engine of plain blocks, told that it is lowered for a TPU; `test_ahead_of_time`
-shows what the TPU's compiler makes of it.
+`Turned` is the engine of plain blocks, told that it is lowered for a TPU;
+`test_blockwise_ahead_of_time` shows what the TPU's compiler makes of it.
 """
 
 import dataclasses
@@ -28,6 +28,9 @@ GRADED = {name: case for name, case in CASES.items() if 0 not in case.sizes}
 
 @dataclasses.dataclass(frozen=True)
 class Turned:
+    def at(self, place):
+        return self
+
     def forward(self, signature, known, place):
         return Blocks().forward(signature, known, TPU)
 
