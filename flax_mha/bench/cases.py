@@ -2,39 +2,38 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, ClassVar, Self
 
+from flax_mha.bench.command import BenchError
 from flax_mha.core import checks
 
 
-class BenchError(Exception):
-    """A mistake of the user's: printed as `error: ...`, without a traceback."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """Self-attention of `[batch, length, features]` with `heads` heads of features / heads.
+class AnyCase:
+    """What the cases of layers and those of arrays (`accelerator`) have, and how both are written.
 
-    `gradient` is FB, the gradient of parameters and input; without it F, the forward pass.
-    `alone` leaves the peers out: the case says how our own time grows.
+    `gradient` is FB; without it F, the forward pass. `window` counts as Keras's: |t - s| < window.
+    A kind of case names its four sizes, and its own flags with the field that each fills in.
     """
+
+    SIZES: ClassVar[str]
+    FLAGS: ClassVar[dict[str, tuple[str, Any]]]
+    EXAMPLE: ClassVar[str]
 
     batch: int
     length: int
-    features: int
-    heads: int
+    _: dataclasses.KW_ONLY
     gradient: bool = False
     causal: bool = False
     dropout: float = 0.0
     window: int | None = None
-    alone: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> "Case":
+    def parse(cls, text: str) -> Self:
         """The case that a text such as `8x512x512x8 FB causal dropout=0.1` describes.
 
         Args:
-            text: `BxTxDxN`, then any of F, FB, causal, dropout=RATE, window=KEYS, alone.
+            text: the sizes, then any of F, FB, causal, dropout=RATE, window=KEYS and the flags.
 
         Raises:
             BenchError: a text that describes no case.
@@ -45,35 +44,48 @@ class Case:
         """
         size, _, options = re.sub(r"\s*x\s*", "x", text.strip()).partition(" ")
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", size):
-            _fail("A case must begin with BxTxDxN, four positive numbers.", text)
-        B, T, D, N = map(int, size.split("x"))
-        if D % N:
-            _fail("The features D must be a multiple of the heads N.", text)
+            cls.fail(f"A case must begin with {cls.SIZES}, four positive numbers.", repr(text))
         fields: dict[str, Any] = {}
         for option in options.split():
-            fields |= _option(option, text)
-        return cls(B, T, D, N, **fields)
+            fields |= cls._option(option, text)
+        return cls(*map(int, size.split("x")), **fields)
 
-    @property
-    def head_size(self) -> int:
-        return self.features // self.heads
+    @classmethod
+    def _option(cls, option: str, text: str) -> dict[str, Any]:
+        flags = {"F": ("gradient", False), "FB": ("gradient", True), "causal": ("causal", True)}
+        flags |= cls.FLAGS
+        if option in flags:
+            name, value = flags[option]
+            return {name: value}
+        if re.fullmatch(r"dropout=0?\.\d+", option):
+            return {"dropout": float(option.partition("=")[2])}
+        if re.fullmatch(r"window=[1-9]\d*", option):
+            return {"window": int(option.partition("=")[2])}
+        valid = ", ".join([*flags, "dropout=RATE (below 1), window=KEYS"])
+        return cls.fail(f"After the size a case may have: {valid}.", f"{option!r} in {text!r}")
 
-    @property
-    def size(self) -> str:
-        return f"{self.batch}x{self.length}x{self.features}x{self.heads}"
-
-    @property
-    def variant(self) -> str:
-        """All but the size: cases of one variant make one curve over T."""
-        words = ["FB" if self.gradient else "F"]
-        words += ["causal"] * self.causal
-        words += [f"dropout={self.dropout:g}"] * bool(self.dropout)
-        words += [f"window={self.window}"] * (self.window is not None)
-        return " ".join(words)
+    @classmethod
+    def fail(cls, rule: str, evidence: str) -> Any:
+        checks.fail(BenchError, rule, evidence, f"An example: --case '{cls.EXAMPLE}'.")
 
     @property
     def label(self) -> str:
-        return f"{self.size} {self.variant}" + " alone" * self.alone
+        raise NotImplementedError
+
+    @property
+    def flops(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def mode(self) -> str:
+        return "FB" if self.gradient else "F"
+
+    @property
+    def options(self) -> list[str]:
+        """The words of the fields that every case has."""
+        words = ["causal"] * self.causal
+        words += [f"dropout={self.dropout:g}"] * bool(self.dropout)
+        return words + [f"window={self.window}"] * (self.window is not None)
 
     @property
     def pairs(self) -> int:
@@ -87,30 +99,51 @@ class Case:
         before = reach * (reach - 1) // 2 + (self.length - reach + 1) * reach
         return before if self.causal else 2 * before - self.length
 
+
+@dataclasses.dataclass(frozen=True)
+class Case(AnyCase):
+    """Self-attention of `[batch, length, features]` with `heads` heads of features / heads.
+
+    A gradient is of parameters and input. `alone` leaves the peers out: the case says how our own
+    time grows.
+    """
+
+    SIZES = "BxTxDxN"
+    FLAGS: ClassVar = {"alone": ("alone", True)}
+    EXAMPLE = "8x512x512x8 FB causal"
+
+    features: int
+    heads: int
+    _: dataclasses.KW_ONLY
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        if self.features % self.heads:
+            self.fail("The features D must be a multiple of the heads N.", self.size)
+
+    @property
+    def head_size(self) -> int:
+        return self.features // self.heads
+
+    @property
+    def size(self) -> str:
+        return f"{self.batch}x{self.length}x{self.features}x{self.heads}"
+
+    @property
+    def variant(self) -> str:
+        """All but the size: cases of one variant make one curve over T."""
+        return " ".join([self.mode, *self.options])
+
+    @property
+    def label(self) -> str:
+        return f"{self.size} {self.variant}" + " alone" * self.alone
+
     @property
     def flops(self) -> int:
         """Of the four projections and the two products; the gradient's are three times as many."""
         projections = 4 * 2 * self.batch * self.length * self.features**2
         products = 2 * 2 * self.batch * self.features * self.pairs
         return (projections + products) * (3 if self.gradient else 1)
-
-
-def _option(option: str, text: str) -> dict[str, Any]:
-    flags = {"F": ("gradient", False), "FB": ("gradient", True)}
-    flags |= {"causal": ("causal", True), "alone": ("alone", True)}
-    if option in flags:
-        name, value = flags[option]
-        return {name: value}
-    if re.fullmatch(r"dropout=0?\.\d+", option):
-        return {"dropout": float(option.partition("=")[2])}
-    if re.fullmatch(r"window=[1-9]\d*", option):
-        return {"window": int(option.partition("=")[2])}
-    valid = "F, FB, causal, dropout=RATE (below 1), window=KEYS, alone"
-    return _fail(f"After the size a case may have: {valid}.", f"{option!r} in {text}")
-
-
-def _fail(rule: str, evidence: str) -> Any:
-    checks.fail(BenchError, rule, evidence, "An example: --case '8x512x512x8 FB causal'.")
 
 
 _QUICK = ["4x32x64x4 F", "4x32x64x4 FB", "4x32x64x4 FB dropout=0.1", "2x256x64x4 FB causal"]

@@ -26,17 +26,29 @@ class Wrong(Exception):
 
 
 def check(contender: Contender, case: Case, expected: Expected) -> float:
-    """The largest error of the results, relative to each array's largest entry.
+    """The largest error of a layer's results, relative to each array's largest entry.
 
     Raises:
         Wrong: the error is above the limit, or dropout does not act as it should.
     """
-    error = relative_error(contender.exact(), contender.own_layout(expected))
-    limit = LIMITS.get(jax.default_backend(), OTHER_LIMIT)
+    error = check_numbers(contender.exact(), contender.own_layout(expected))
+    if case.dropout:
+        check_noise(contender.noisy() - expected.output_BTE, expected.noise)
+    return error
+
+
+def check_numbers(
+    actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], dtype: str = "float32"
+) -> float:
+    """The relative error of what was computed in this dtype.
+
+    Raises:
+        Wrong: it is above the limit.
+    """
+    error = relative_error(actual, expected)
+    limit = LIMITS.get(jax.default_backend(), OTHER_LIMIT) if dtype == "float32" else OTHER_LIMIT
     if not error <= limit:  # so that NaN is refused too
         raise Wrong(f"its numbers are wrong: error {error:.2g}, at most {limit:.0e} is rounding")
-    if case.dropout:
-        _check_noise(contender.noisy() - expected.output_BTE, expected.noise)
     return error
 
 
@@ -52,7 +64,13 @@ def relative_error(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray])
     return float(np.max(errors))  # np.max, unlike max, lets no NaN through
 
 
-def _check_noise(deviation: np.ndarray, expected: float) -> None:
+def check_noise(deviation: np.ndarray, expected: float) -> float:
+    """How far dropout moves the output, over how far it should.
+
+    Raises:
+        Wrong: another rate would move it so far.
+    """
     noise = float(np.sqrt(np.square(deviation).mean()))
     if not expected / NOISE_FACTOR <= noise <= expected * NOISE_FACTOR:
         raise Wrong(f"its dropout moves the output by {noise:.2g}, not by about {expected:.2g}")
+    return noise / expected

@@ -3,13 +3,13 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from flax_mha.bench import command
 from flax_mha.bench.accelerator import cli as accelerator
 from flax_mha.bench.aot import cli as aot
-from flax_mha.bench.cases import SETS, BenchError, Case
+from flax_mha.bench.cases import SETS, Case
 from flax_mha.bench.environment import describe, set_omp_wait
 from flax_mha.bench.peers import CONTENDERS, PEERS
 from flax_mha.bench.run import Settings, run
@@ -43,19 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["aot"]:
         return aot.main(words[1:])
     options = _parser().parse_args(words)
-    try:
-        settings = _settings(options)
-        omp_wait = set_omp_wait(options.omp_wait)
-        environment = describe(shlex.join(["python", "-m", "flax_mha.bench", *words]), omp_wait)
-        directory = options.out or Path("runs") / f"bench-{options.set or 'cases'}"
-        right = run(settings, environment, directory, pictures=not options.no_plots)
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: bench.json holds the cases until now", file=sys.stderr)
-        return 130
-    return 0 if right else 1
+    line = shlex.join(["python", "-m", "flax_mha.bench", *words])
+    kept = "bench.json holds the cases until now"
+    return command.answer(lambda: _run(options, line), kept)
+
+
+def _run(options: argparse.Namespace, line: str) -> int:
+    settings = _settings(options)
+    environment = describe(line, set_omp_wait(options.omp_wait))
+    directory = options.out or Path("runs") / f"bench-{options.set or 'cases'}"
+    return 0 if run(settings, environment, directory, pictures=not options.no_plots) else 1
 
 
 def _set_of(words: list[str]) -> str | None:
@@ -86,27 +83,23 @@ def _contenders(options: argparse.Namespace) -> tuple[str, ...]:
     if options.contenders is None:
         ours = tuple(name for name in CONTENDERS if name not in PEERS)
         return ours if options.set == "crossover" else ("ours", *PEERS)
-    names = tuple(name.strip() for name in options.contenders.split(","))
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise BenchError(f"no contender {unknown[0]!r}. There are: {', '.join(CONTENDERS)}.")
-    return tuple(dict.fromkeys(names))
+    return command.chosen("contender", options.contenders, CONTENDERS)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flax_mha.bench",
-        description="Time and memory of multi_head_attention beside the layers of Keras, flax, "
-        "equinox, haiku and torch, whichever are installed.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    description = (
+        "Time and memory of multi_head_attention beside the layers of Keras, flax, equinox, haiku "
+        "and torch, whichever are installed."
     )
+    parser = command.parser("", description, _EXAMPLES)
     parser.add_argument(
         "--set", choices=(*SETS, "accelerator"), help="a list of cases (default: quick)"
     )
-    parser.add_argument("--case", dest="cases", action="append", default=[], help="see below")
-    parser.add_argument("--contenders", metavar="A,B", help=f"of: {', '.join(CONTENDERS)}")
-    _add_amounts(parser)
+    command.add_cases(parser, CONTENDERS, seconds=8.0)
+    told = "run nothing with more temporaries (default: 4)"
+    parser.add_argument("--max-gigabytes", type=float, default=4.0, metavar="N", help=told)
+    told = "fresh compilations of the first FB case (default: 5)"
+    parser.add_argument("--compiles", type=command.positive, default=5, metavar="N", help=told)
     parser.add_argument(
         "--omp-wait",
         choices=("passive", "active"),
@@ -117,22 +110,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/bench-SET")
     parser.add_argument("--no-plots", action="store_true", help="draw no picture")
     return parser
-
-
-def _add_amounts(parser: argparse.ArgumentParser) -> None:
-    amounts: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = (
-        ("--seconds", float, 8.0, "of timing a case, shared by the contenders"),
-        ("--rounds", _positive, None, "for every contender, whatever the seconds"),
-        ("--max-gigabytes", float, 4.0, "run nothing with more temporaries"),
-        ("--compiles", _positive, 5, "fresh compilations of the first FB case"),
-    )
-    for name, kind, default, text in amounts:
-        shown = "" if default is None else f" (default: {default:g})"
-        parser.add_argument(name, type=kind, default=default, metavar="N", help=text + shown)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number

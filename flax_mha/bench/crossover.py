@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax_mha import explain
 from flax_mha.attention.choice import RULE
 from flax_mha.bench.cases import Case
-from flax_mha.bench.results import CaseResult, Run
+from flax_mha.bench.results import LayerResult, Run
 
 PAIR = ("ours/reference", "ours/blockwise")
 
@@ -48,14 +48,14 @@ class Crossover:
 
 def crossovers(run: Run) -> dict[str, Crossover]:
     """By variant, where both implementations were timed at two or more lengths."""
-    groups: dict[str, list[CaseResult]] = {}
+    groups: dict[str, list[LayerResult]] = {}
     for result in run.cases:
         if None not in [result.row(name) for name in PAIR]:
             groups.setdefault(result.case.variant, []).append(result)
     return {variant: _crossover(group) for variant, group in groups.items() if len(group) > 1}
 
 
-def _crossover(results: list[CaseResult]) -> Crossover:
+def _crossover(results: list[LayerResult]) -> Crossover:
     medians, chosen = {}, {}
     for result in results:
         length = result.case.length

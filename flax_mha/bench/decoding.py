@@ -19,7 +19,7 @@ from flax import linen
 
 from flax_mha import MultiHeadAttentionConfig, init_cache, init_params, multi_head_attention
 from flax_mha.bench.peers.linen import renamed
-from flax_mha.bench.timing import sample
+from flax_mha.bench.timing import Call, sample
 from flax_mha.core.typing import Array
 
 STEPS_A_SAMPLE = 20
@@ -116,11 +116,8 @@ def measure(
             for name, decoder in decoders.items():
                 decoder.cache = decoder.at(position)
                 jax.block_until_ready(decoder.read(x_B1D))
-                yield (
-                    name,
-                    position,
-                    sample(functools.partial(wait, decoder, x_B1D), STEPS_A_SAMPLE),
-                )
+                step = Call(functools.partial(wait, decoder, x_B1D))
+                yield name, position, sample(step, STEPS_A_SAMPLE)
 
 
 def wait(decoder: Decoder, x_B1D: Array) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -78,11 +78,11 @@ def measure(pair: Pair, seconds: float, rounds: int | None = None) -> None:
         samples[name].append(value)
 
 
-def _layer(case: Case) -> Callable[[], Any]:
-    return builder(None)(case, make_data(case)).run
+def _layer(case: Case) -> timing.Call:
+    return timing.Call(builder(None)(case, make_data(case)).run)
 
 
-def _attention(case: Case) -> Callable[[], Any]:
+def _attention(case: Case) -> timing.Call:
     """F or FB of the attention alone, of random queries, keys and values."""
     shape = (3, case.batch, case.length, case.heads, case.head_size)
     arrays = tuple(jax.random.normal(jax.random.key(0), shape))
@@ -95,4 +95,4 @@ def _attention(case: Case) -> Callable[[], Any]:
 
     program = jax.grad(loss, argnums=(0, 1, 2)) if case.gradient else attend
     compiled = jax.jit(program).lower(*arrays).compile()
-    return lambda: jax.block_until_ready(compiled(*arrays))
+    return timing.Call(lambda: jax.block_until_ready(compiled(*arrays)))

@@ -4,9 +4,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from flax_mha.bench.cases import BenchError
+from flax_mha.bench.command import BenchError
 from flax_mha.bench.peers import CONTENDERS
-from flax_mha.bench.results import CaseResult, Run
+from flax_mha.bench.results import LayerResult, Run
 
 
 def require_matplotlib() -> None:
@@ -45,7 +45,7 @@ def plot(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw(axes: Any, results: list[CaseResult], measure: Any) -> None:
+def _draw(axes: Any, results: list[LayerResult], measure: Any) -> None:
     """One line a contender; the batch and the features may differ from point to point."""
     for index, name in enumerate(CONTENDERS):
         points = sorted(

@@ -1,73 +1,77 @@
 """A run on the screen: one table a case, what to reach, and where blockwise begins."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from flax_mha.attention.choice import RULE
 from flax_mha.bench.crossover import Crossover
-from flax_mha.bench.results import CaseResult, Row, Run
+from flax_mha.bench.results import CaseResult, LayerResult, Row
+from flax_mha.bench.tables import say, table
 from flax_mha.bench.targets import Target
 
-COLUMNS = (
-    *("contender", "median", "min", "x ours", "x min", "GEMM"),
-    *("temp MB", "comp s", "error", "rounds"),
-)
+Cell = Callable[[Any, Row, Row], str]  # (the case's result, a row, the row of ours) -> what is told
+COLUMNS: dict[str, Cell] = {
+    "contender": lambda result, row, ours: row.name,
+    "median": lambda result, row, ours: f"{1e3 * row.median:.4g}",
+    "min": lambda result, row, ours: f"{1e3 * row.minimum:.4g}",
+    "x ours": lambda result, row, ours: f"{row.median / ours.median:.2f}",
+    "x min": lambda result, row, ours: f"{row.minimum / ours.minimum:.2f}",
+    "GEMM": lambda result, row, ours: f"{result.gemm_share(row):.0%}",
+    "TFLOP/s": lambda result, row, ours: f"{result.case.flops / row.median / 1e12:.3g}",
+    "temp MB": lambda result, row, ours: _known(row.temp_bytes, 1e6, ".1f"),
+    "comp s": lambda result, row, ours: _known(row.compile_seconds, 1, ".2f"),
+    "error": lambda result, row, ours: f"{row.error:.0e}",
+    "rounds": lambda result, row, ours: f"{len(row.samples)}x{row.calls}",
+}
+LAYERS = tuple(column for column in COLUMNS if column != "TFLOP/s")
 _COLOURS = {"met": "green", "missed": "red", "not measured": "yellow"}
 
 
 def print_head(console: Console, environment: Mapping[str, Any]) -> None:
     """Where the numbers come from."""
-    versions = environment["versions"]
-    known = [f"{name} {version}" for name, version in versions.items() if version]
     lines = [
         f"{environment['processor']}, {environment['cores']} cores, {environment['device']}; "
         f"load {environment['load_average']}",
-        f"Python {environment['python']}, {', '.join(known)}",
+        versions_line(environment),
         f"OMP_WAIT_POLICY: {environment['omp_wait']}",
     ]
     for line in lines:
-        _say(console, line)
+        say(console, line)
 
 
-def print_case(console: Console, result: CaseResult) -> None:
-    """The contenders of one case, ours first; those without times with their reason."""
+def versions_line(environment: Mapping[str, Any]) -> str:
+    """Python's version, and those of the packages that are installed."""
+    known = [f"{name} {version}" for name, version in environment["versions"].items() if version]
+    return f"Python {environment['python']}, {', '.join(known)}"
+
+
+def print_case(console: Console, result: LayerResult) -> None:
+    """One case of the layers."""
     size = f"times in ms; {result.case.flops / 1e9:.3g} GFLOP"
     if result.gemm_flops:
         size += f", GEMM {result.gemm_rate / 1e9:.0f} GFLOP/s"
-    title = Text(f"{result.case.label}   ({size})", style="bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in COLUMNS:
-        left = column == "contender"
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    base = result.row("ours") or next(iter(result.timed()), None)
+    print_rows(console, result, size, LAYERS)
+
+
+def print_rows(console: Console, result: CaseResult, size: str, columns: Sequence[str]) -> None:
+    """The contenders of one case, ours in bold; those without times with their reason."""
+    lines = table(f"{result.case.label}   ({size})", columns, ("contender",))
+    ours = result.row("ours") or next(iter(result.timed()), None)
     for row in result.timed():
-        assert base is not None
-        table.add_row(*cells(result, row, base), style="bold" if row.name == base.name else "")
-    console.print(table)
+        assert ours is not None
+        cells = [COLUMNS[column](result, row, ours) for column in columns]
+        lines.add_row(*cells, style="bold" if row is ours else "")
+    console.print(lines)
     for row in result.rows:
         if not row.samples:
-            _say(console, f"  {row.name}: {row.status}: {row.reason}")
+            say(console, f"  {row.name}: {row.status}: {row.reason}")
 
 
-def cells(result: CaseResult, row: Row, base: Row) -> list[str]:
-    """One line of a case's table."""
-    return [
-        row.name,
-        f"{1e3 * row.median:.4g}",
-        f"{1e3 * row.minimum:.4g}",
-        f"{row.median / base.median:.2f}",
-        f"{row.minimum / base.minimum:.2f}",
-        f"{result.gemm_share(row):.0%}",
-        "-" if row.temp_bytes is None else f"{row.temp_bytes / 1e6:.1f}",
-        "-" if row.compile_seconds is None else f"{row.compile_seconds:.2f}",
-        f"{row.error:.0e}",
-        f"{len(row.samples)}x{row.calls}",
-    ]
+def _known(number: float | None, unit: float, form: str) -> str:
+    return "-" if number is None else f"{number / unit:{form}}"
 
 
 def print_targets(console: Console, targets: list[Target]) -> None:
@@ -77,7 +81,7 @@ def print_targets(console: Console, targets: list[Target]) -> None:
         line = Text(f"{target.verdict:<14}", style=_COLOURS[target.verdict])
         console.print(line.append(target_line(target), style="default"), soft_wrap=True)
     counts = {verdict: [t.verdict for t in targets].count(verdict) for verdict in _COLOURS}
-    _say(console, ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    say(console, ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
 def target_line(target: Target) -> str:
@@ -95,10 +99,10 @@ def target_line(target: Target) -> str:
 def print_crossovers(console: Console, found: Mapping[str, Crossover]) -> None:
     """Sentences about reference and blockwise on this machine."""
     if found:
-        _say(console, f"implementation=None chooses {RULE}. Measured here:")
+        say(console, f"implementation=None chooses {RULE}. Measured here:")
     for variant, crossover in found.items():
         for line in crossover_lines(variant, crossover):
-            _say(console, f"  {line}")
+            say(console, f"  {line}")
 
 
 def crossover_lines(variant: str, crossover: Crossover) -> Iterator[str]:
@@ -115,13 +119,9 @@ def crossover_lines(variant: str, crossover: Crossover) -> Iterator[str]:
         yield f"{variant}: at T = {length} None chooses {chosen}, {quotient:.2f} x the faster one."
 
 
-def print_wrong(console: Console, run: Run) -> bool:
+def print_wrong(console: Console, results: Iterable[CaseResult]) -> bool:
     """Names every contender whose numbers were wrong; returns whether there was one."""
-    wrong = [(r.case, row) for r in run.cases for row in r.rows if row.status == "wrong"]
+    wrong = [(found.case, row) for found in results for row in found.rows if row.status == "wrong"]
     for case, row in wrong:
-        _say(console, f"WRONG, and not timed: {row.name} in {case.label}: {row.reason}")
+        say(console, f"WRONG, and not timed: {row.name} in {case.label}: {row.reason}")
     return bool(wrong)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)

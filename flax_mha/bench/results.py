@@ -5,13 +5,13 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from flax_mha.bench.cases import Case
+from flax_mha.bench.cases import AnyCase, Case
 from flax_mha.bench.pairs import Pair
 
 
 @dataclasses.dataclass
 class Row:
-    """One contender of one case. `status` is ok, absent, unserved or wrong, with its `reason`."""
+    """One contender of one case. `status` is ok, or one of `rows.STATUS` with its `reason`."""
 
     name: str
     family: str
@@ -39,11 +39,10 @@ class Row:
 
 @dataclasses.dataclass
 class CaseResult:
-    """All contenders of one case, and the machine's GEMM rate in the same rounds."""
+    """All contenders of one case."""
 
-    case: Case
+    case: AnyCase
     rows: list[Row] = dataclasses.field(default_factory=list)
-    gemm_flops: list[float] = dataclasses.field(default_factory=list)  # a second, by round
 
     def timed(self, *families: str) -> list[Row]:
         """The rows with times, of some families or of all."""
@@ -52,6 +51,18 @@ class CaseResult:
     def row(self, name: str) -> Row | None:
         """The contender's row, if it was timed."""
         return next((row for row in self.timed() if row.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [row.to_dict() for row in self.rows]
+        return {"case": self.case.label, "flops": self.case.flops, "contenders": rows}
+
+
+@dataclasses.dataclass
+class LayerResult(CaseResult):
+    """With the machine's GEMM rate in the same rounds."""
+
+    case: Case
+    gemm_flops: list[float] = dataclasses.field(default_factory=list)  # a second, by round
 
     @property
     def gemm_rate(self) -> float:
@@ -63,13 +74,8 @@ class CaseResult:
         return self.case.flops / row.median / self.gemm_rate
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "case": self.case.label,
-            **dataclasses.asdict(self.case),
-            "flops": self.case.flops,
-            "gemm_flops_per_second": self.gemm_flops,
-            "contenders": [row.to_dict() for row in self.rows],
-        }
+        found = {**dataclasses.asdict(self.case), "gemm_flops_per_second": self.gemm_flops}
+        return found | super().to_dict()
 
 
 _ALL = ("ours", "jax", "torch")
@@ -81,7 +87,7 @@ class Run:
 
     environment: dict[str, Any]
     settings: dict[str, Any]
-    cases: list[CaseResult] = dataclasses.field(default_factory=list)
+    cases: list[LayerResult] = dataclasses.field(default_factory=list)
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     compile_case: str | None = None
     compile_seconds: dict[str, list[float]] | None = None
@@ -89,7 +95,7 @@ class Run:
     import_seconds: list[float] | None = None
     finished: bool = False
 
-    def find(self, **fields: Any) -> CaseResult | None:
+    def find(self, **fields: Any) -> LayerResult | None:
         """The first case with these fields; those not named are as in a plain forward pass."""
         for result in self.cases:
             values = dataclasses.asdict(result.case)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,13 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_mha.bench import extras, pairs, peers, plots, report, timing
-from flax_mha.bench.cases import BenchError, Case
-from flax_mha.bench.check import Wrong, check
+from flax_mha.bench.cases import Case
+from flax_mha.bench.check import check
+from flax_mha.bench.command import write
 from flax_mha.bench.crossover import crossovers
 from flax_mha.bench.data import make_data
 from flax_mha.bench.memory import long_sequences
-from flax_mha.bench.peers.contract import Contender, Unserved
-from flax_mha.bench.results import CaseResult, Row, Run
+from flax_mha.bench.peers.contract import Absent, Contender, Unserved
+from flax_mha.bench.results import LayerResult, Row, Run
+from flax_mha.bench.rows import admission, fill
 from flax_mha.bench.targets import targets
 from flax_mha.bench.textbook import Expected, expect
 
@@ -79,7 +80,7 @@ def run(settings: Settings, environment: dict, directory: Path, *, pictures: boo
     if pictures:
         plots.plot(result, directory / "bench.png")
     console.print(f"Files: {directory}/", soft_wrap=True, highlight=False)
-    return not report.print_wrong(console, result)
+    return not report.print_wrong(console, result.cases)
 
 
 def save(result: Run, directory: Path) -> None:
@@ -90,38 +91,23 @@ def save(result: Run, directory: Path) -> None:
     """
     goals = targets(result) if result.finished else []
     found = crossovers(result) if result.finished else {}
-    write(json.dumps(result.to_dict(goals, found), indent=1), directory)
+    write(json.dumps(result.to_dict(goals, found), indent=1), directory / "bench.json")
 
 
-def write(text: str, directory: Path) -> None:
-    """Replaces a directory's bench.json as a whole.
-
-    Raises:
-        BenchError: the directory cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        unfinished = directory / ".unfinished-bench.json"
-        unfinished.write_text(text + "\n")
-        os.replace(unfinished, directory / "bench.json")
-    except OSError as error:
-        raise BenchError(f"cannot write the run's files: {error}") from error
-
-
-def run_case(case: Case, settings: Settings, screen: Screen) -> CaseResult:
+def run_case(case: Case, settings: Settings, screen: Screen) -> LayerResult:
     """Builds and checks each contender, then times those that are right in interleaved rounds."""
-    result = CaseResult(case)
+    result = LayerResult(case)
     screen.show(f"{case.label}: textbook")
     data = make_data(case)
     expected = expect(case, data)
-    calls = {}
+    calls: dict[str, timing.Call] = {}
     for name in settings.contenders:
         screen.show(f"{case.label}: {name}")
         row = Row(name, peers.CONTENDERS[name].family)
         result.rows.append(row)
         contender = _admit(row, case, data, expected, settings.max_gigabytes)
         if contender is not None:
-            calls[name] = contender.run
+            calls[name] = timing.Call(contender.run)
     del expected
     _time(result, calls, settings, screen)
     return result
@@ -131,24 +117,18 @@ def _admit(
     row: Row, case: Case, data: object, expected: Expected, max_gigabytes: float
 ) -> Contender | None:
     """The contender if it may be timed; otherwise the row says why not."""
-    row.status, reason = "absent", peers.absence(row.name)
-    if reason is None and case.alone and row.name != "ours":
-        row.status, reason = "unserved", "left out: the case asks for our own growth with T"
-    if reason is not None:
-        row.reason = reason
-        return None
-    row.version = peers.version(row.name)
-    try:
+    with admission(row):
+        if (reason := peers.absence(row.name)) is not None:
+            raise Absent(reason)
+        if case.alone and row.name != "ours":
+            raise Unserved("left out: the case asks for our own growth with T")
+        row.version = peers.version(row.name)
         contender = peers.builder(row.name)(case, data)  # type: ignore[arg-type]
         row.temp_bytes, row.compile_seconds = contender.temp_bytes, contender.compile_seconds
         _check_size(contender, max_gigabytes)
         row.error = check(contender, case, expected)
-    except (Unserved, Wrong) as refusal:
-        row.status = "unserved" if isinstance(refusal, Unserved) else "wrong"
-        row.reason = str(refusal)
-        return None
-    row.status = "ok"
-    return contender
+        return contender
+    return None
 
 
 def _check_size(contender: Contender, max_gigabytes: float) -> None:
@@ -158,29 +138,16 @@ def _check_size(contender: Contender, max_gigabytes: float) -> None:
         raise Unserved(f"needs {gigabytes:.1f} GB of temporaries, {limit}")
 
 
-def _time(result: CaseResult, calls: dict, settings: Settings, screen: Screen) -> None:
+def _time(result: LayerResult, calls: dict, settings: Settings, screen: Screen) -> None:
     """Fills in the samples, round by round; the GEMM is one of those who take turns."""
     if not calls:
         return
     screen.show(f"{result.case.label}: timing")
     product, operations = extras.gemm()
-    calls = calls | {"GEMM": product}
+    calls = calls | {"GEMM": timing.Call(product)}
     rows = {row.name: row for row in result.rows} | {"GEMM": Row("GEMM", "machine")}
-    for name, seconds in _samples(calls, rows, settings):
-        rows[name].samples.append(seconds)
+    fill(rows, calls, settings.seconds, settings.rounds)
     result.gemm_flops = [operations / seconds for seconds in rows["GEMM"].samples]
-
-
-def _samples(calls: dict, rows: dict[str, Row], settings: Settings) -> Iterator[tuple[str, float]]:
-    """(name, seconds a call) of every round; where a call is long, its estimate is the first."""
-    estimates = {name: timing.estimate(call) for name, call in calls.items()}
-    plans = timing.make_plans(estimates, settings.seconds, settings.rounds)
-    for name, plan in plans.items():
-        rows[name].calls = plan.calls
-        if not plan.warm:
-            yield name, estimates[name]
-            plans[name] = dataclasses.replace(plan, rounds=plan.rounds - 1)
-    yield from timing.interleave(calls, plans)
 
 
 def _extras(result: Run, settings: Settings, screen: Screen) -> None:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator
 
 from flax_mha.bench.pairs import Pair
-from flax_mha.bench.results import CaseResult, Run
+from flax_mha.bench.results import LayerResult, Run
 
 LONG = 4096
 TIMES_FASTER = {True: 4.0, False: 2.5}  # than every JAX layer, FB at T = 4096; causal, not causal
@@ -74,7 +74,7 @@ def _torch(run: Run) -> Iterator[Target]:
 
 
 def _compared(
-    name: str, result: CaseResult | None, family: str, limit: float, faster: bool = False
+    name: str, result: LayerResult | None, family: str, limit: float, faster: bool = False
 ) -> Target:
     """Ours over a family's fastest, or the inverse; the verdict is by medians."""
     ours = None if result is None else result.row("ours")

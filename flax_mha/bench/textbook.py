@@ -1,6 +1,7 @@
 """What every contender must compute: the layer from its equation, one head after another.
 
-It shares no code with the layer under test, and holds one `[T, S]` matrix at a time.
+It shares no code with the layer under test, and holds one `[T, S]` matrix at a time. Attention of
+arrays, in `accelerator`, is the same equation of blocks of queries.
 """
 
 import functools
@@ -76,12 +77,27 @@ def textbook(
 
 def _head(case: Case, inputs: tuple[Array, Array, Array, PRNGKey | None]) -> Array:
     query_TH, key_SH, value_SH, dropout_key = inputs
-    logits_TS = _einsum("TH,SH->TS", query_TH, key_SH) / math.sqrt(case.head_size)
-    allowed_TS = allowed(case)
+    logits_TS = logits_of(query_TH, key_SH)
+    return context_of(logits_TS, value_SH, allowed(case), case.dropout, dropout_key)
+
+
+def logits_of(query_TH: Array, key_SH: Array) -> Array:
+    """q k / sqrt(H), of one head."""
+    return _einsum("TH,SH->TS", query_TH, key_SH) / math.sqrt(query_TH.shape[-1])
+
+
+def context_of(
+    logits_TS: Array,
+    value_SH: Array,
+    allowed_TS: Array | None,
+    dropout: float,
+    dropout_key: PRNGKey | None,
+) -> Array:
+    """softmax(logits) v over the allowed keys, of one head; the weights drop if there is a key."""
     if allowed_TS is not None:
         logits_TS = jnp.where(allowed_TS, logits_TS, -jnp.inf)
     weights_TS = jax.nn.softmax(logits_TS)
     if dropout_key is not None:
-        kept_TS = jax.random.bernoulli(dropout_key, 1 - case.dropout, weights_TS.shape)
-        weights_TS = jnp.where(kept_TS, weights_TS / (1 - case.dropout), 0)
+        kept_TS = jax.random.bernoulli(dropout_key, 1 - dropout, weights_TS.shape)
+        weights_TS = jnp.where(kept_TS, weights_TS / (1 - dropout), 0)
     return _einsum("TS,SH->TH", weights_TS, value_SH)

@@ -7,14 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-Call = Callable[[], Any]
-
 MOST_ROUNDS = 25
 SHORTEST_SAMPLE = 0.01  # seconds: shorter calls are repeated within a sample
 MOST_CALLS = 200
 # Where a call is shorter, one untimed call goes before the sample: another's threads and arrays
 # were in the caches.
 WARM_BELOW = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is timed. `wait` waits for a result that `start` only puts in a device's queue."""
+
+    start: Callable[[], Any]
+    wait: Callable[[Any], Any] = lambda result: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +67,12 @@ def estimate(call: Call) -> float:
 
 
 def sample(call: Call, calls: int) -> float:
-    """Mean seconds of some calls; results are dropped as they come."""
+    """Mean seconds of some calls, in the queue together; results are dropped as they come."""
     start = time.perf_counter()
     for _ in range(calls):
-        call()
+        result = None  # dropped before the next is computed
+        result = call.start()
+    call.wait(result)
     return (time.perf_counter() - start) / calls
 
 
@@ -79,7 +87,7 @@ def interleave(calls: Mapping[str, Call], plans: Mapping[str, Plan]) -> Iterator
     try:
         for name in schedule({name: plan.rounds for name, plan in plans.items()}):
             if plans[name].warm:
-                calls[name]()
+                sample(calls[name], 1)
             yield name, sample(calls[name], plans[name].calls)
     finally:
         gc.enable()

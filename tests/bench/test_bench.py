@@ -8,21 +8,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from bench_helpers import SMALL, ours_but
+from bench_helpers import SMALL, ours_but, run
 
 from flax_mha.bench import cli, peers, plots
-from flax_mha.bench.cases import BenchError
+from flax_mha.bench.command import BenchError
 
 pytestmark = [
     pytest.mark.usefixtures("peers_promote"),
     pytest.mark.filterwarnings("ignore"),  # equinox, haiku and torch warn when imported
 ]
-
-
-def _main(tmp_path, *arguments):
-    code = cli.main([*arguments, "--rounds", "2", "--out", str(tmp_path / "out")])
-    path = tmp_path / "out" / "bench.json"
-    return code, json.loads(path.read_text()) if path.exists() else None
 
 
 QUICK = ["--skip", "compile", "memory", "import", "--contenders"]
@@ -33,7 +27,7 @@ def test_a_run_prints_tables_and_leaves_its_files(tmp_path, capsys, monkeypatch)
     monkeypatch.setitem(peers.CONTENDERS, "haiku", absent)
     labels = [f"{SMALL} F", f"{SMALL} F window=2 alone"]
     arguments = [word for label in labels for word in ("--case", label)]
-    code, found = _main(tmp_path, *arguments, *QUICK, "ours,linen,haiku")
+    code, found = run(tmp_path, *arguments, *QUICK, "ours,linen,haiku")
     assert code == 0
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.png"}
@@ -65,7 +59,7 @@ def test_a_run_prints_tables_and_leaves_its_files(tmp_path, capsys, monkeypatch)
 def test_a_wrong_peer_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flax_mha.bench.peers.linen.build", ours_but(factor=1.01))
     arguments = ["--case", f"{SMALL} F", *QUICK, "ours,linen", "--no-plots"]
-    code, found = _main(tmp_path, *arguments)
+    code, found = run(tmp_path, *arguments)
     assert code == 1
     ours, linen = found["cases"][0]["contenders"]
     assert (ours["status"], linen["status"]) == ("ok", "wrong")
@@ -75,9 +69,21 @@ def test_a_wrong_peer_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
     assert f"WRONG, and not timed: linen in {SMALL} F: its numbers are wrong" in printed
 
 
+def test_a_peer_that_fails_has_its_reason_and_the_others_their_times(tmp_path, monkeypatch):
+    def build(case, data):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no program\nmore")
+
+    monkeypatch.setattr("flax_mha.bench.peers.linen.build", build)
+    code, found = run(tmp_path, "--case", f"{SMALL} F", *QUICK, "linen,ours", "--no-plots")
+    assert code == 0
+    linen, ours = found["cases"][0]["contenders"]
+    assert (linen["status"], linen["reason"]) == ("failed", "INTERNAL: no program")
+    assert ours["samples"]
+
+
 def test_what_is_too_large_is_listed_and_not_run(tmp_path, capsys):
     arguments = ["--case", f"{SMALL} F", *QUICK, "linen", "--no-plots", "--max-gigabytes", "1e-9"]
-    code, found = _main(tmp_path, *arguments)
+    code, found = run(tmp_path, *arguments)
     assert code == 0
     (row,) = found["cases"][0]["contenders"]
     assert (row["status"], row["samples"]) == ("unserved", [])
@@ -90,7 +96,7 @@ def test_an_interrupted_run_keeps_its_cases(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flax_mha.bench.run._extras", interrupted)
-    code, found = _main(tmp_path, "--case", f"{SMALL} F", *QUICK, "ours", "--no-plots")
+    code, found = run(tmp_path, "--case", f"{SMALL} F", *QUICK, "ours", "--no-plots")
     assert code == 130
     assert "interrupted: bench.json holds the cases until now" in capsys.readouterr().err
     assert not found["finished"]
@@ -100,7 +106,7 @@ def test_an_interrupted_run_keeps_its_cases(tmp_path, capsys, monkeypatch):
 def test_pairs_of_cases_are_timed_in_turns(tmp_path, capsys):
     labels = [f"{SMALL} F", f"{SMALL} F causal", f"{SMALL} F dropout=0.1"]
     arguments = [word for label in labels for word in ("--case", label)]
-    code, found = _main(tmp_path, *arguments, *QUICK, "ours", "--no-plots")
+    code, found = run(tmp_path, *arguments, *QUICK, "ours", "--no-plots")
     assert code == 0
     told = [(pair["part"], pair["above"], pair["below"]) for pair in found["pairs"]]
     causal, dropped = (f"{SMALL} F causal", f"{SMALL} F"), (f"{SMALL} F dropout=0.1", f"{SMALL} F")

@@ -12,7 +12,7 @@ from flax_mha.bench.crossover import PAIR, crossovers
 from flax_mha.bench.masks import allowed
 from flax_mha.bench.memory import long_sequences
 from flax_mha.bench.pairs import Pair, pairs_of
-from flax_mha.bench.results import CaseResult, Row, Run
+from flax_mha.bench.results import LayerResult, Row, Run
 from flax_mha.bench.targets import targets
 
 # --- cases and rounds ---------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_rounds_are_interleaved_and_begin_in_turns():
     assert order == ["a", "b", "c", "b", "a", "c", "a", "b", "a", "b"]
     calls = []
     plans = {"a": timing.Plan(2, 3, warm=False), "b": timing.Plan(1, 1, warm=True)}
-    contenders = {name: lambda name=name: calls.append(name) for name in plans}
+    contenders = {name: timing.Call(lambda name=name: calls.append(name)) for name in plans}
     names = [name for name, seconds in timing.interleave(contenders, plans) if seconds >= 0]
     assert names == ["a", "b", "a"]
     assert calls == ["a"] * 3 + ["b"] * 2 + ["a"] * 3
@@ -96,7 +96,7 @@ def _result(label, **milliseconds):
         low, median = times if isinstance(times, tuple) else (times, times)
         samples = [low / 1e3, median / 1e3, 3 * median / 1e3]
         rows.append(Row(name, families.get(name, "ours"), samples=samples))
-    return CaseResult(Case.parse(label), rows, [1e11])
+    return LayerResult(Case.parse(label), rows, [1e11])
 
 
 def _found(*results, **fields):

@@ -1,12 +1,21 @@
-"""A small case, and our own layer made wrong on purpose."""
+"""A small case, a small run, and our own layer made wrong on purpose."""
 
 import dataclasses
+import json
 
 from flax_mha import multi_head_attention
+from flax_mha.bench import cli
 from flax_mha.bench.data import config_of
 from flax_mha.bench.peers import jax_layers
 
 SMALL = "2x5x21x3"
+
+
+def run(directory, *arguments):
+    """(the exit code, bench.json or None) of two rounds."""
+    code = cli.main([*arguments, "--rounds", "2", "--out", str(directory / "out")])
+    path = directory / "out" / "bench.json"
+    return code, json.loads(path.read_text()) if path.exists() else None
 
 
 def ours_but(**changes):

@@ -5,18 +5,17 @@ it has no way to serve the case.
 """
 
 import functools
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen
 
 from flax_mha import IMPLEMENTATIONS, dot_product_attention
 from flax_mha.bench.accelerator.cases import Case
+from flax_mha.bench.masks import allowed
 from flax_mha.bench.peers.contract import Unserved
+from flax_mha.bench.peers.keras import ready
 from flax_mha.core.typing import Array
 
 Attend = Callable[..., Any]  # (query, key, value, bias or None, dropout key or None) -> context
@@ -70,11 +69,7 @@ def flax_linen(case: Case) -> Attend:
 
 def keras_ops(case: Case) -> Attend:
     """`keras.ops.dot_product_attention`, which chooses a kernel by itself."""
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    import keras
-
-    if keras.backend.backend() != "jax":
-        raise Unserved(f"KERAS_BACKEND is {keras.backend.backend()!r}: set it to 'jax'")
+    keras = ready()
     if case.dropout:
         raise Unserved("keras.ops.dot_product_attention has no dropout")
     # One matrix for a window, which Keras has not; a flag for the causal order.
@@ -91,12 +86,8 @@ def keras_ops(case: Case) -> Attend:
 
 def matrix(case: Case) -> Array | None:
     """Booleans `[1, 1, T, T]`, True = may attend; None where every pair may."""
-    if not case.causal and case.window is None:
-        return None
-    t_T = jnp.arange(case.length)
-    distance_TS = t_T[:, None] - t_T[None, :]
-    allowed_TS = jnp.abs(distance_TS) < (case.window or case.length)
-    return (allowed_TS & (distance_TS >= 0) if case.causal else allowed_TS)[None, None]
+    allowed_TS = allowed(case)
+    return None if allowed_TS is None else allowed_TS[None, None]
 
 
 CONTENDERS: dict[str, Source] = {
@@ -111,16 +102,3 @@ CONTENDERS: dict[str, Source] = {
     "keras": Source(keras_ops, "keras"),
     "torch sdpa": Source(None, "torch", "torch"),
 }
-
-
-def absence(name: str) -> str | None:
-    """Why a contender cannot take part at all; None = it can.
-
-    Example:
-        >>> absence("ours") is None
-        True
-    """
-    package = CONTENDERS[name].package
-    if importlib.util.find_spec(package) is None:
-        return f"not installed: pip install {package}"
-    return None

@@ -1,58 +1,30 @@
 """A case measured: each contender compiled, checked, and timed in rounds with the others."""
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_mha.bench import timing
 from flax_mha.bench.accelerator.cases import Case
-from flax_mha.bench.accelerator.contenders import CONTENDERS, Attend, absence
+from flax_mha.bench.accelerator.contenders import CONTENDERS, Attend
 from flax_mha.bench.accelerator.textbook import Data, Expected, expect, make_data
-from flax_mha.bench.check import LIMITS, NOISE_FACTOR, OTHER_LIMIT, Wrong, relative_error
+from flax_mha.bench.check import check_noise, check_numbers
 from flax_mha.bench.memory import temporaries
-from flax_mha.bench.peers.contract import Unserved
-from flax_mha.bench.results import Row
+from flax_mha.bench.peers.contract import Absent, Unserved, absence
+from flax_mha.bench.results import CaseResult, Row
+from flax_mha.bench.rows import OutOfMemory, admission, fill, running_out
+from flax_mha.bench.timing import Call
 
 # What a peer says where it cannot trace a call; a mistake of ours is none of these but the first.
 REFUSALS = (NotImplementedError, ValueError, RuntimeError)
 
 
-class OutOfMemory(Exception):
-    """The device has no room for it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ready:
-    """A contender that may be timed: a call is put in the device's queue, its result waited for."""
-
-    start: Callable[[], Any]
-    wait: Callable[[Any], Any]
-
-
-@dataclasses.dataclass
-class CaseResult:
-    """The contenders of one case."""
-
-    case: Case
-    rows: list[Row] = dataclasses.field(default_factory=list)
-
-    def timed(self) -> list[Row]:
-        return [row for row in self.rows if row.samples]
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [row.to_dict() for row in self.rows]
-        return {"case": self.case.label, "flops": self.case.flops, "contenders": rows}
-
-
 def measure(case: Case, names: tuple[str, ...], seconds: float, rounds: int | None) -> CaseResult:
     """All that is known of a case; what cannot be timed has its reason."""
     result = CaseResult(case, [Row(name, CONTENDERS[name].family) for name in names])
-    ready: dict[str, Ready] = {}
+    calls: dict[str, Call] = {}
     try:
         with running_out():
             data = make_data(case)
@@ -62,49 +34,25 @@ def measure(case: Case, names: tuple[str, ...], seconds: float, rounds: int | No
             row.status, row.reason = "out of memory", f"of what it is checked against: {error}"
         return result
     for row in result.rows:
-        if (found := _admitted(row, case, data, expected)) is not None:
-            ready[row.name] = found
-    rows = {row.name: row for row in result.rows}
-    for name, sample in _samples(ready, rows, seconds, rounds):
-        rows[name].samples.append(sample)
+        if (found := _admit(row, case, data, expected)) is not None:
+            calls[row.name] = found
+    fill({row.name: row for row in result.rows}, calls, seconds, rounds)
     return result
 
 
-def _admitted(row: Row, case: Case, data: Data, expected: Expected) -> Ready | None:
+def _admit(row: Row, case: Case, data: Data, expected: Expected) -> Call | None:
     """The contender if it may be timed; otherwise the row says why not."""
-    if (reason := absence(row.name)) is not None:
-        row.status, row.reason = "absent", reason
-        return None
-    try:
-        with running_out():
-            build = CONTENDERS[row.name].build
-            if build is None:
-                return _torch(row, case, data, expected)
-            return _compiled(row, build(case), case, data, expected)
-    except OutOfMemory as error:
-        row.status, row.reason = "out of memory", str(error)
-    except Unserved as refusal:
-        row.status, row.reason = "unserved", str(refusal)
-    except Wrong as error:
-        row.status, row.reason = "wrong", str(error)
-    except jax.errors.JaxRuntimeError as error:
-        row.status, row.reason = "failed", str(error).partition("\n")[0]
+    with admission(row):
+        source = CONTENDERS[row.name]
+        if (reason := absence(source.package, source.package)) is not None:
+            raise Absent(reason)
+        if source.build is None:
+            return _torch(row, case, data, expected)
+        return _compiled(row, source.build(case), case, data, expected)
     return None
 
 
-@contextlib.contextmanager
-def running_out() -> Iterator[None]:
-    """Turns what JAX and torch raise for a full device into `OutOfMemory`."""
-    try:
-        yield
-    except RuntimeError as error:  # JaxRuntimeError and torch.OutOfMemoryError are of this kind
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" in text or "out of memory" in text:
-            raise OutOfMemory(text.partition("\n")[0]) from error
-        raise
-
-
-def _compiled(row: Row, attend: Attend, case: Case, data: Data, expected: Expected) -> Ready:
+def _compiled(row: Row, attend: Attend, case: Case, data: Data, expected: Expected) -> Call:
     arguments = (data.arrays, data.probe_BTNH, data.dropout_key if case.dropout else None)
     start = time.perf_counter()
     try:
@@ -122,11 +70,12 @@ def _compiled(row: Row, attend: Attend, case: Case, data: Data, expected: Expect
     run = lambda: compiled(*arguments)  # noqa: E731
     if case.dropout:
         (noisy,) = jax.jit(_program(attend, gradient=False))(*arguments)
-        row.error = check_noise(jax.device_get(noisy), expected)
+        row.error = check_dropout(jax.device_get(noisy), expected)
         jax.block_until_ready(run())
     else:
-        row.error = check(jax.device_get(run()), case, expected)
-    return Ready(run, jax.block_until_ready)
+        found = _wide(jax.device_get(run()))
+        row.error = check_numbers(found, _wide(expected.results), case.dtype)
+    return Call(run, jax.block_until_ready)
 
 
 def _program(attend: Attend, gradient: bool) -> Callable[..., tuple[Any, ...]]:
@@ -143,64 +92,23 @@ def _program(attend: Attend, gradient: bool) -> Callable[..., tuple[Any, ...]]:
     return jax.grad(loss) if gradient else forward
 
 
-def _torch(row: Row, case: Case, data: Data, expected: Expected) -> Ready:
+def _torch(row: Row, case: Case, data: Data, expected: Expected) -> Call:
     from flax_mha.bench.accelerator.torch_sdpa import Attention
 
     attention = Attention(case, data)
     if case.dropout:
-        row.error = check_noise(attention.on_host([attention.context(case.dropout)])[0], expected)
+        row.error = check_dropout(attention.on_host([attention.context(case.dropout)])[0], expected)
     else:
-        row.error = check(attention.on_host(attention.results(0.0)), case, expected)
-    return Ready(lambda: attention.results(case.dropout), attention.wait)
+        found = attention.on_host(attention.results(0.0))
+        row.error = check_numbers(found, _wide(expected.results), case.dtype)
+    return Call(lambda: attention.results(case.dropout), attention.wait)
 
 
-def check(actual: Any, case: Case, expected: Expected) -> float:
-    """The largest error of the results, relative to each array's largest entry.
-
-    Raises:
-        Wrong: the error is above the limit.
-    """
-    arrays = [np.asarray(x).astype(np.float32) for x in actual]
-    error = relative_error(arrays, [np.asarray(x) for x in expected.results])
-    exact = case.dtype == "float32"
-    limit = LIMITS.get(jax.default_backend(), OTHER_LIMIT) if exact else OTHER_LIMIT
-    if not error <= limit:
-        raise Wrong(f"its numbers are wrong: error {error:.2g}, at most {limit:.0e} is rounding")
-    return error
+def check_dropout(context: Any, expected: Expected) -> float:
+    """How far dropout moves the context, over how far it should, less 1."""
+    (noisy_BTNH,) = _wide([context])
+    return abs(check_noise(noisy_BTNH - expected.context_BTNH, expected.noise) - 1)
 
 
-def check_noise(context: Any, expected: Expected) -> float:
-    """How far dropout moves the context, over how far it should, less 1.
-
-    Raises:
-        Wrong: another rate would move it so far.
-    """
-    moved = np.asarray(context).astype(np.float32) - np.asarray(expected.context_BTNH)
-    ratio = float(np.sqrt(np.square(moved).mean())) / expected.noise
-    if not 1 / NOISE_FACTOR <= ratio <= NOISE_FACTOR:
-        raise Wrong(f"its dropout moves the context {ratio:.2g} times as far as it should")
-    return abs(ratio - 1)
-
-
-def _samples(
-    ready: Mapping[str, Ready], rows: dict[str, Row], seconds: float, rounds: int | None
-) -> Iterator[tuple[str, float]]:
-    """(name, seconds a call) of every round; the calls of a sample are in the queue together."""
-    estimates = {name: _estimate(contender) for name, contender in ready.items()}
-    plans = timing.make_plans(estimates, seconds, rounds)
-    for name in timing.schedule({name: plan.rounds for name, plan in plans.items()}):
-        rows[name].calls = plans[name].calls
-        yield name, _sample(ready[name], plans[name].calls)
-
-
-def _estimate(contender: Ready) -> float:
-    _sample(contender, 1)
-    return _sample(contender, 1)
-
-
-def _sample(contender: Ready, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = contender.start()
-    contender.wait(result)
-    return (time.perf_counter() - start) / calls
+def _wide(arrays: Iterable[Any]) -> list[np.ndarray]:
+    return [np.asarray(x).astype(np.float32) for x in arrays]

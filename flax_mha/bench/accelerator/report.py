@@ -4,24 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from flax_mha.bench.accelerator.measure import CaseResult
-from flax_mha.bench.results import Row
+from flax_mha.bench import report
+from flax_mha.bench.results import CaseResult
+from flax_mha.bench.tables import say
 
-COLUMNS = (
-    "contender",
-    "median",
-    "min",
-    "x ours",
-    "TFLOP/s",
-    "temp MB",
-    "comp s",
-    "error",
-    "rounds",
-)
+COLUMNS = tuple(column for column in report.COLUMNS if column not in ("x min", "GEMM"))
 
 
 def place() -> dict[str, Any]:
@@ -38,51 +27,18 @@ def place() -> dict[str, Any]:
 
 def print_head(console: Console, environment: Mapping[str, Any]) -> None:
     """Where the numbers come from."""
-    card, versions = environment["card"], environment["versions"]
+    card = environment["card"]
     memory = "" if card["gigabytes"] is None else f", {card['gigabytes']:.1f} GB for JAX"
-    known = [f"{name} {version}" for name, version in versions.items() if version]
     for line in (
         f"device: {card['device']}, one of {card['count']}{memory}; {card['driver']}",
         f"host: {environment['processor']}, {environment['cores']} cores, "
         f"load {environment['load_average']}",
-        f"Python {environment['python']}, {', '.join(known)}",
+        report.versions_line(environment),
     ):
         say(console, line)
 
 
 def print_case(console: Console, result: CaseResult) -> None:
-    """The contenders that were timed, ours first; the others with their reason."""
-    title = f"{result.case.label}   (times in ms; {result.case.flops / 1e12:.3g} TFLOP)"
-    say(console, title)
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for column in COLUMNS:
-        left = column == "contender"
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    timed = result.timed()
-    for row in timed:
-        table.add_row(*cells(result, row, timed[0]))
-    if timed:
-        console.print(table)
-    for row in result.rows:
-        if not row.samples:
-            say(console, f"  {row.name}: {row.status}: {row.reason}")
-
-
-def cells(result: CaseResult, row: Row, base: Row) -> list[str]:
-    """One line of a case's table."""
-    return [
-        row.name,
-        f"{1e3 * row.median:.4g}",
-        f"{1e3 * row.minimum:.4g}",
-        f"{row.median / base.median:.2f}",
-        f"{result.case.flops / row.median / 1e12:.3g}",
-        "-" if row.temp_bytes is None else f"{row.temp_bytes / 1e6:.1f}",
-        "-" if row.compile_seconds is None else f"{row.compile_seconds:.2f}",
-        f"{row.error:.0e}",
-        f"{len(row.samples)}x{row.calls}",
-    ]
-
-
-def say(console: Console, line: str) -> None:
-    """A line as it is, however wide."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    """One case of arrays."""
+    size = f"times in ms; {result.case.flops / 1e12:.3g} TFLOP"
+    report.print_rows(console, result, size, COLUMNS)

@@ -1,19 +1,20 @@
 """What every contender must compute: attention from its equation, a block of queries at a time.
 
-It shares no code with the attention under test, and multiplies float32 in full precision.
+The equation is that of `bench.textbook`, which shares no code with the attention under test and
+multiplies float32 in full precision.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_mha.bench.accelerator.cases import Case
+from flax_mha.bench.masks import allowed
+from flax_mha.bench.textbook import context_of, logits_of
 from flax_mha.core.typing import Array, PRNGKey
 
-_einsum = functools.partial(jnp.einsum, precision="highest")
 _MOST = 1024  # queries a block
 
 
@@ -82,23 +83,15 @@ def attention(
         b, n, start = head
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows)  # noqa: E731
         query_RH, key_SH, value_SH = (x[b, :, n] for x in (query_BTNH, key_BSNH, value_BSNH))
-        logits_RS = _einsum("RH,SH->RS", cut(query_RH), key_SH) / math.sqrt(case.head_size)
+        logits_RS = logits_of(cut(query_RH), key_SH)
         if bias_NTS is not None:
             logits_RS += cut(bias_NTS[n])
-        allowed_RS = _allowed(case, start + jnp.arange(rows))
-        weights_RS = jax.nn.softmax(jnp.where(allowed_RS, logits_RS, -jnp.inf))
+        allowed_RS = allowed(case, start + jnp.arange(rows))
+        block_key = dropout_key
         if dropout_key is not None:
-            keep_key = jax.random.fold_in(dropout_key, (b * N + n) * T + start)
-            keep_RS = jax.random.bernoulli(keep_key, 1 - case.dropout, weights_RS.shape)
-            weights_RS = jnp.where(keep_RS, weights_RS / (1 - case.dropout), 0)
-        return _einsum("RS,SH->RH", weights_RS, value_SH)
+            block_key = jax.random.fold_in(dropout_key, (b * N + n) * T + start)
+        return context_of(logits_RS, value_SH, allowed_RS, case.dropout, block_key)
 
     heads = jnp.meshgrid(jnp.arange(B), jnp.arange(N), starts, indexing="ij")
     context_BNTH = jax.lax.map(block, tuple(x.ravel() for x in heads))
     return context_BNTH.reshape(B, N, T, -1).swapaxes(1, 2)
-
-
-def _allowed(case: Case, t_R: Array) -> Array:
-    distance_RS = t_R[:, None] - jnp.arange(case.length)[None, :]
-    allowed_RS = jnp.abs(distance_RS) < (case.window or case.length)
-    return allowed_RS & (distance_RS >= 0) if case.causal else allowed_RS

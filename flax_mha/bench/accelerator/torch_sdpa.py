@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from flax_mha.bench.accelerator.cases import Case
-from flax_mha.bench.accelerator.contenders import matrix
 from flax_mha.bench.accelerator.textbook import Data
+from flax_mha.bench.peers import torch_layers
 from flax_mha.bench.peers.contract import Unserved
 
 
@@ -48,8 +48,8 @@ class Attention:
 
     def allowed(self) -> Any:
         """A boolean matrix, where a flag does not say it."""
-        found = None if self.causal else matrix(self.case)
-        return None if found is None else self.torch.from_numpy(np.array(found)).to(self.place)
+        found = None if self.causal else torch_layers.mask(self.case)
+        return None if found is None else found.to(self.place)
 
     def context(self, dropout: float) -> Any:
         mask = self.mask

@@ -12,7 +12,7 @@ import jax
 
 from flax_mha.bench.aot.hlo import Module
 from flax_mha.bench.aot.schedule import DUMP_FLAGS, Region, kernels
-from flax_mha.bench.cases import BenchError
+from flax_mha.bench.command import BenchError
 
 # Where libtpu and JAX must not look for chips; a kept program would leave no schedule.
 ENVIRONMENT = {

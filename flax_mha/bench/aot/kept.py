@@ -8,7 +8,7 @@ from typing import Any
 
 from flax_mha.bench.aot.compile import libtpu_version
 from flax_mha.bench.aot.figures import Figure
-from flax_mha.bench.cases import BenchError
+from flax_mha.bench.command import BenchError
 
 LIMIT = 1.05
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from flax_mha.bench.aot.contenders import BEST_OF
 from flax_mha.bench.aot.figures import Figure, Part
+from flax_mha.bench.tables import say, table
 
 PLAIN = "causal"
 COLUMNS = (
@@ -32,15 +30,15 @@ around the bodies are not counted, and no time may be read off them."""
 def print_cycles(console: Console, topology: str, figures: Sequence[Figure]) -> None:
     """The table of one topology, and why contenders are missing."""
     of_here = [figure for figure in figures if figure.topology == topology]
-    table = _table(f"{topology}   (cycles a tile; T = 2048, N = 8)", COLUMNS, _LEFT)
+    lines = table(f"{topology}   (cycles a tile; T = 2048, N = 8)", COLUMNS, _LEFT)
     for figure in by_case(figure for figure in of_here if figure.status == "ok"):
         ours = not figure.contender.startswith("splash")
-        table.add_row(*cells(figure, of_here), style="bold" if ours else "")
+        lines.add_row(*cells(figure, of_here), style="bold" if ours else "")
         for part in figure.parts if figure.kernels or len(figure.parts) > 1 else ():
-            table.add_row(*part_cells(part), style="dim")
-    console.print(table)
+            lines.add_row(*part_cells(part), style="dim")
+    console.print(lines)
     for line in missing(of_here):
-        _say(console, line)
+        say(console, line)
 
 
 def by_case(figures: Iterable[Figure]) -> list[Figure]:
@@ -111,35 +109,26 @@ def print_memory(console: Console, topology: str, figures: Sequence[Figure]) -> 
     lengths = list(rows[0].extra_bytes)
     title = f"{topology}   (FB: MiB at the peak besides arguments and results, by T)"
     columns = ("case", "contender", *map(str, lengths), "largest buffer, at the last T that fits")
-    table = _table(title, columns, ("case", "contender", columns[-1]))
+    lines = table(title, columns, ("case", "contender", columns[-1]))
     for figure in rows:
         largest = list(figure.largest_buffer.values())
-        table.add_row(
+        lines.add_row(
             figure.case,
             figure.contender,
             *(_mebibytes(figure.extra_bytes[T]) for T in lengths),
             largest[-1] if largest else "-",
         )
-    console.print(table)
+    console.print(lines)
     refused = [
         (x, T, text) for x in rows for T, text in x.extra_bytes.items() if isinstance(text, str)
     ]
     for figure, T, text in refused:
-        _say(console, f"  {figure.case}: {figure.contender}: refused at T = {T}: {text}")
+        say(console, f"  {figure.case}: {figure.contender}: refused at T = {T}: {text}")
 
 
 def print_notes(console: Console) -> None:
     """What the figures are, and what they are not."""
-    _say(console, NOTES)
-
-
-def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
-    table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=0
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right")
-    return table
+    say(console, NOTES)
 
 
 def _cycles(number: float | None, mark: str) -> str:
@@ -156,7 +145,3 @@ def _share(share: float | None) -> str:
 
 def _mebibytes(extra: int | str) -> str:
     return "refused" if isinstance(extra, str) else f"{extra / 2**20:.0f}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -5,14 +5,13 @@ To add a peer: a file with `build(case, data) -> Contender`, and a line in `PEER
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 from flax_mha import IMPLEMENTATIONS
 from flax_mha.bench.cases import Case
 from flax_mha.bench.data import Data
-from flax_mha.bench.peers import ours
+from flax_mha.bench.peers import contract, ours
 from flax_mha.bench.peers.contract import Contender
 
 
@@ -46,9 +45,7 @@ def absence(name: str) -> str | None:
         True
     """
     peer = CONTENDERS[name]
-    if importlib.util.find_spec(peer.package) is None:
-        return f"not installed: pip install {peer.distribution}"
-    return None
+    return contract.absence(peer.package, peer.distribution)
 
 
 def version(name: str) -> str:

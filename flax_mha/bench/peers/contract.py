@@ -5,6 +5,7 @@ reason where its layer has no way to serve the case.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,24 @@ import numpy as np
 from flax_mha.bench.textbook import Expected
 
 
+class Absent(Exception):
+    """This contender cannot take part at all; the message is the reason."""
+
+
 class Unserved(Exception):
     """This contender cannot serve this case; the message is the reason."""
+
+
+def absence(package: str, distribution: str) -> str | None:
+    """Why a package, as it is imported and as it is installed, is not there; None = it is.
+
+    Example:
+        >>> absence("no_such_package", "no-such-package")
+        'not installed: pip install no-such-package'
+    """
+    if importlib.util.find_spec(package) is None:
+        return f"not installed: pip install {distribution}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,23 @@ _NAMES = [
 ]
 
 
-def build(case: Case, data: Data) -> Contender:
-    """Keras has an option for every case."""
+def ready() -> Any:
+    """Keras, with the backend jax.
+
+    Raises:
+        Unserved: it has another.
+    """
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
     if keras.backend.backend() != "jax":
         raise Unserved(f"KERAS_BACKEND is {keras.backend.backend()!r}: set it to 'jax'")
+    return keras
+
+
+def build(case: Case, data: Data) -> Contender:
+    """Keras has an option for every case."""
+    keras = ready()
     layer = keras.layers.MultiHeadAttention(
         num_heads=case.heads,
         key_dim=case.head_size,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_mha.bench.cases import Case
+from flax_mha.bench.cases import AnyCase, Case
 from flax_mha.bench.data import Data
 from flax_mha.bench.environment import cores
 from flax_mha.bench.masks import allowed
@@ -83,7 +83,7 @@ def output(params: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1]).T), bias.copy()
 
 
-def mask(case: Case) -> Any:
+def mask(case: AnyCase) -> Any:
     """Booleans `[T, S]`, True = may attend, or None. Made once, before any time is taken."""
     import torch
 

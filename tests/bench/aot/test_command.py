@@ -15,7 +15,7 @@ from flax_mha.bench import cli
 from flax_mha.bench.aot import compile as compiling
 from flax_mha.bench.aot import kept, plots, report
 from flax_mha.bench.aot.figures import Figure, Part
-from flax_mha.bench.cases import BenchError
+from flax_mha.bench.command import BenchError
 
 FIGURES = pathlib.Path(__file__).parent / "figures.json"
 NO_LIBTPU = "libtpu is not installed: pip install 'jax[tpu]'"
@@ -83,6 +83,36 @@ def test_the_process_that_compiles_dumps_and_looks_for_no_chip(monkeypatch):
     assert found["LIBTPU_INIT_ARGS"].startswith("--own=1 --xla_jf_dump_to=/dump ")
     assert found["JAX_ENABLE_COMPILATION_CACHE"] == "false"  # a kept program leaves no schedule
     assert (found["JAX_PLATFORMS"], found[compiling.DUMP]) == ("cpu", "/dump")
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """The process that compiles, with a libtpu that says its version."""
+    for module in ("cli", "kept"):
+        monkeypatch.setattr(f"flax_mha.bench.aot.{module}.libtpu_version", lambda: "3")
+    monkeypatch.setenv(compiling.DUMP, "/dump")
+
+
+@pytest.mark.usefixtures("compiles")
+def test_a_file_in_the_place_of_the_run_is_said_before_anything_is_compiled(tmp_path, capsys):
+    (tmp_path / "out").write_text("precious")
+    assert cli.main(["aot", "--no-plots", "--out", str(tmp_path / "out")]) == 2
+    assert "error: cannot write the run's files" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("waits", [False, True])
+def test_of_two_processes_that_are_interrupted_one_says_so(tmp_path, capsys, monkeypatch, waits):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flax_mha.bench.aot.cli._measured", interrupted)
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    if waits:
+        monkeypatch.delenv(compiling.DUMP)
+    assert cli.main(["aot", "--no-plots", "--out", str(tmp_path)]) == 130
+    told = "\ninterrupted: aot.json holds the figures until now\n"
+    assert capsys.readouterr().err == ("" if waits else told)
 
 
 # --- tables --------------------------------------------------------------------------------------
