@@ -1,7 +1,6 @@
 """The command line: `python -m flax_mha.bench --set NAME`."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,29 +27,38 @@ a case: BxTxDxN, then any of F, FB (gradient), causal, dropout=RATE, window=KEYS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit code.
+    """Runs a benchmark; returns the exit code.
 
     Returns:
-        0; 1 where a contender's numbers were wrong; 2 for a user's mistake; 130 for Ctrl-C.
+        0; 1 where a contender's numbers were wrong, or a figure of `aot` has grown beyond the kept
+        one; 2 for a user's mistake; 3 where the kept ones are another compiler's; 130 for Ctrl-C.
 
     Example:
         >>> main(["--case", "8x512"])
         2
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if _set_of(words) == "accelerator":  # attention of arrays, with options of its own
-        return accelerator.main(words)
+    kept = "bench.json holds the cases"
     if words[:1] == ["aot"]:
-        return aot.main(words[1:])
-    options = _parser().parse_args(words)
-    line = shlex.join(["python", "-m", "flax_mha.bench", *words])
-    kept = "bench.json holds the cases until now"
-    return command.answer(lambda: _run(options, line), kept)
+        options, measure = aot.parser().parse_args(words[1:]), aot.run
+        kept = "aot.json holds the figures"
+    elif _set_of(words) == "accelerator":  # attention of arrays, with options of its own
+        options, measure = accelerator.parser().parse_args(words), accelerator.run
+    else:
+        options, measure = _parser().parse_args(words), _run
+    try:
+        return measure(options, words)
+    except command.BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {kept} until now", file=sys.stderr)
+        return 130
 
 
-def _run(options: argparse.Namespace, line: str) -> int:
+def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     settings = _settings(options)
-    environment = describe(line, set_omp_wait(options.omp_wait))
+    environment = describe(command.line(words), set_omp_wait(options.omp_wait))
     directory = options.out or Path("runs") / f"bench-{options.set or 'cases'}"
     return 0 if run(settings, environment, directory, pictures=not options.no_plots) else 1
 

@@ -1,9 +1,9 @@
-"""What the command lines share: their words, a user's mistakes, Ctrl-C, and the file of a run."""
+"""What the command lines share: their words, a user's mistakes, and the file of a run."""
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -11,21 +11,9 @@ class BenchError(Exception):
     """A mistake of the user's: printed as `error: ...`, without a traceback."""
 
 
-def answer(run: Callable[[], int], kept: str) -> int:
-    """The exit code of a run: its own; 2 for a user's mistake; 130 for Ctrl-C.
-
-    Args:
-        run: measures, prints, and returns a code.
-        kept: what is left of a run that is interrupted.
-    """
-    try:
-        return run()
-    except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        return 130
+def line(words: Sequence[str]) -> str:
+    """The command as a shell reads it."""
+    return shlex.join(["python", "-m", "flax_mha.bench", *words])
 
 
 def parser(words: str, description: str, epilog: str) -> argparse.ArgumentParser:

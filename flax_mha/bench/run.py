@@ -118,8 +118,7 @@ def _admit(
 ) -> Contender | None:
     """The contender if it may be timed; otherwise the row says why not."""
     with admission(row):
-        if (reason := peers.absence(row.name)) is not None:
-            raise Absent(reason)
+        peers.require(row.name)
         if case.alone and row.name != "ours":
             raise Unserved("left out: the case asks for our own growth with T")
         row.version = peers.version(row.name)
@@ -175,11 +174,11 @@ def _compile_times(case: Case, settings: Settings) -> dict[str, list[float]]:
     """By contender; those that were not right or cannot serve the case showed that before."""
     data, compilers = make_data(case), {}
     for name in settings.contenders:
-        if peers.absence(name) is None:
-            with contextlib.suppress(Unserved):
-                contender = peers.builder(name)(case, data)
-                if contender.compile is not None:
-                    compilers[name] = contender.compile
+        with contextlib.suppress(Absent, Unserved):
+            peers.require(name)
+            contender = peers.builder(name)(case, data)
+            if contender.compile is not None:
+                compilers[name] = contender.compile
     seconds: dict[str, list[float]] = {name: [] for name in compilers}
     for name, value in extras.compile_times(compilers, settings.compiles):
         seconds[name].append(value)

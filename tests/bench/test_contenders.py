@@ -14,7 +14,7 @@ from flax_mha.bench import peers
 from flax_mha.bench.cases import Case
 from flax_mha.bench.check import LIMITS, Wrong, check, relative_error
 from flax_mha.bench.data import make_data
-from flax_mha.bench.peers.contract import Contender, Unserved
+from flax_mha.bench.peers.contract import Absent, Contender, Unserved
 from flax_mha.bench.textbook import Expected, expect
 
 pytestmark = [
@@ -25,8 +25,9 @@ pytestmark = [
 
 def _require(name):
     """Peers come with the extra `bench`; without one of them there is nothing to compare with."""
-    reason = peers.absence(name)
-    if reason is not None:
+    try:
+        peers.require(name)
+    except Absent as reason:
         pytest.skip(f"{name}: {reason}")
 
 

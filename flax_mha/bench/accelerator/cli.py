@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,13 @@ a case: BxTxNxH, then any of F, FB (gradient), bfloat16, float16, float32, causa
 dropout=RATE, bias; such as '{Case.EXAMPLE}'"""
 
 
-def main(words: Sequence[str]) -> int:
-    """Runs the benchmark; returns the exit code.
-
-    Returns:
-        0; 1 where a contender's numbers were wrong; 2 for a user's mistake; 130 for Ctrl-C.
-
-    Example:
-        >>> main(["--set", "accelerator", "--case", "8x512"])
-        2
-    """
-    options = _parser().parse_args(words)
-    line = shlex.join(["python", "-m", "flax_mha.bench", *words])
-    kept = "bench.json holds the cases until now"
-    return command.answer(lambda: _run(options, line), kept)
-
-
-def _run(options: argparse.Namespace, line: str) -> int:
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Measures and prints; 1 where a contender's numbers were wrong, else 0."""
     cases = _cases(options)
     names = command.chosen("contender", options.contenders or CONTENDERS, CONTENDERS)
     _require_accelerator(options.rehearse)
     console, results = Console(), list[CaseResult]()
-    environment = describe(line, set_omp_wait(None)) | {"card": place()}
+    environment = describe(command.line(words), set_omp_wait(None)) | {"card": place()}
     print_head(console, environment)
     _save(options.out, environment, results)
     for case in cases:
@@ -76,15 +60,16 @@ def _save(directory: Path, environment: dict[str, Any], results: list[CaseResult
     command.write(json.dumps(found, indent=1), directory / "bench.json")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of this set."""
     description = (
         "Time and memory of attention of arrays on one GPU or TPU, beside jax.nn, flax.linen, "
         "Keras and torch, whichever are installed."
     )
-    parser = command.parser("--set accelerator", description, _EPILOG)
-    parser.add_argument("--set", choices=("accelerator",), required=True)
-    parser.add_argument("--rehearse", action="store_true", help="small cases, on a CPU too")
-    command.add_cases(parser, CONTENDERS, seconds=2.0)
+    made = command.parser("--set accelerator", description, _EPILOG)
+    made.add_argument("--set", choices=("accelerator",), required=True)
+    made.add_argument("--rehearse", action="store_true", help="small cases, on a CPU too")
+    command.add_cases(made, CONTENDERS, seconds=2.0)
     out = Path("runs") / "bench-accelerator"
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"default: {out}")
-    return parser
+    made.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"default: {out}")
+    return made

@@ -12,7 +12,7 @@ from flax_mha.bench.accelerator.contenders import CONTENDERS, Attend
 from flax_mha.bench.accelerator.textbook import Data, Expected, expect, make_data
 from flax_mha.bench.check import check_noise, check_numbers
 from flax_mha.bench.memory import temporaries
-from flax_mha.bench.peers.contract import Absent, Unserved, absence
+from flax_mha.bench.peers.contract import Unserved, require
 from flax_mha.bench.results import CaseResult, Row
 from flax_mha.bench.rows import OutOfMemory, admission, fill, running_out
 from flax_mha.bench.timing import Call
@@ -44,8 +44,7 @@ def _admit(row: Row, case: Case, data: Data, expected: Expected) -> Call | None:
     """The contender if it may be timed; otherwise the row says why not."""
     with admission(row):
         source = CONTENDERS[row.name]
-        if (reason := absence(source.package, source.package)) is not None:
-            raise Absent(reason)
+        require(source.package, source.package)
         if source.build is None:
             return _torch(row, case, data, expected)
         return _compiled(row, source.build(case), case, data, expected)

@@ -5,7 +5,6 @@ import datetime
 import functools
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -34,55 +33,39 @@ examples:
 """
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Compiles and prints; returns the exit code.
-
-    Returns:
-        0; 1 where a figure has grown beyond the kept one; 2 for a user's mistake; 3 where the kept
-        figures are another compiler's; 130 for Ctrl-C.
-
-    Example:
-        >>> main(["--cases", "acausal"])
-        2
-    """
-    given = _parser().parse_args(arguments)
-    kept = "aot.json holds the figures until now"
-    return command.answer(lambda: _run(given, arguments), kept)
-
-
-def _in_a_process_that_dumps(arguments: Sequence[str]) -> int:
-    """The same command anew: libtpu reads its flags from the environment, once."""
-    words = [sys.executable, "-m", "flax_mha.bench", "aot", *arguments]
-    with tempfile.TemporaryDirectory(prefix="flax_mha-aot-") as dump:
-        try:
-            return subprocess.run(words, env=environment(dump)).returncode
-        except KeyboardInterrupt:
-            return 130  # it is interrupted too, and says what is left
-
-
-def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
-    settings = _settings(given)
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Compiles and prints; 1 where a figure has grown, 3 where it is another compiler's, else 0."""
+    settings = _settings(options)
     libtpu_version()
     if DUMP not in os.environ:
-        return _in_a_process_that_dumps(arguments)
+        return _in_a_process_that_dumps(words)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    if given.check:
-        return _check(given.check, settings, console)
-    if not given.no_plots:
+    if options.check:
+        return _check(options.check, settings, console)
+    if not options.no_plots:
         require_matplotlib()
-    line = f"python -m flax_mha.bench aot {shlex.join(arguments)}"
-    keep = functools.partial(_keep, given.out / "aot.json", line)
+    keep = functools.partial(_keep, options.out / "aot.json", command.line(words))
     keep(())  # says at the start that it cannot be written
     found = _measured(settings, console, keep)
     for topology in settings.topologies:
         report.print_cycles(console, topology, found)
         report.print_memory(console, topology, found)
     report.print_notes(console)
-    if not given.no_plots:
-        plots.plot(found, given.out / "aot.png")
-    if given.write_figures:
-        kept.write(found, given.write_figures)
+    if not options.no_plots:
+        plots.plot(found, options.out / "aot.png")
+    if options.write_figures:
+        kept.write(found, options.write_figures)
     return 0
+
+
+def _in_a_process_that_dumps(words: Sequence[str]) -> int:
+    """The same command anew: libtpu reads its flags from the environment, once."""
+    anew = [sys.executable, "-m", "flax_mha.bench", *words]
+    with tempfile.TemporaryDirectory(prefix="flax_mha-aot-") as dump:
+        try:
+            return subprocess.run(anew, env=environment(dump)).returncode
+        except KeyboardInterrupt:
+            return 130  # it is interrupted too, and says what is left
 
 
 def _measured(settings: Settings, console: Console, keep: Keep | None = None) -> list[Figure]:
@@ -119,11 +102,11 @@ def _check(path: Path, settings: Settings, console: Console) -> int:
     return 1 if grown else 0
 
 
-def _settings(given: argparse.Namespace) -> Settings:
-    cases, contenders = given.cases, given.contenders
-    topologies = given.topology or ["v5e:2x2"]
-    if given.check:
-        wanted = kept.wanted(kept.read(given.check))
+def _settings(options: argparse.Namespace) -> Settings:
+    cases, contenders = options.cases, options.contenders
+    topologies = options.topology or ["v5e:2x2"]
+    if options.check:
+        wanted = kept.wanted(kept.read(options.check))
         topologies, cases, contenders = wanted.values()
     return Settings(
         topologies=tuple(dict.fromkeys(topologies)),
@@ -132,27 +115,28 @@ def _settings(given: argparse.Namespace) -> Settings:
             CONTENDERS[name]
             for name in command.chosen("contender", contenders or CONTENDERS, CONTENDERS)
         ],
-        lengths=() if given.check or given.no_memory else given.lengths,
+        lengths=() if options.check or options.no_memory else options.lengths,
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of `aot`."""
     description = (
         "What the TPU's compiler says of every implementation, beside jax's splash attention: "
         "cycles a tile by the static schedule, and memory. No TPU is needed, libtpu is."
     )
-    parser = command.parser("aot", description, _EXAMPLES)
-    add = parser.add_argument
+    made = command.parser("aot", description, _EXAMPLES)
+    add = made.add_argument
     add("--topology", action="append", metavar="NAME", help="v5e:2x2 (default), v5p:2x2x1, v6e:2x2")
     add("--cases", type=command.comma_separated, metavar="A,B", help=f"of: {', '.join(CASES)}")
-    command.add_contenders(parser, CONTENDERS)
+    command.add_contenders(made, CONTENDERS)
     add("--lengths", type=_lengths, default=LENGTHS, metavar="T,T", help="at which memory is read")
     add("--no-memory", action="store_true", help="read no memory: four compilations less a case")
     add("--out", type=Path, default=Path("runs/bench-aot"), metavar="DIR", help="%(default)s")
     add("--no-plots", action="store_true", help="draw no picture")
     add("--write-figures", type=Path, metavar="FILE", help="keep the cycles in this file")
     add("--check", type=Path, metavar="FILE", help="compare those of a file with today's, alone")
-    return parser
+    return made
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -37,15 +37,13 @@ OURS = Peer("ours", "flax_mha", "flax_mha", "ours")
 CONTENDERS = {"ours": OURS, **{f"ours/{name}": OURS for name in IMPLEMENTATIONS}, **PEERS}
 
 
-def absence(name: str) -> str | None:
-    """Why a contender cannot take part at all: its package is not installed. None = it can.
+def require(name: str) -> None:
+    """Looks for a contender's package.
 
-    Example:
-        >>> absence("ours") is None
-        True
+    Raises:
+        Absent: it is not installed.
     """
-    peer = CONTENDERS[name]
-    return contract.absence(peer.package, peer.distribution)
+    contract.require(CONTENDERS[name].package, CONTENDERS[name].distribution)
 
 
 def version(name: str) -> str:

@@ -22,16 +22,14 @@ class Unserved(Exception):
     """This contender cannot serve this case; the message is the reason."""
 
 
-def absence(package: str, distribution: str) -> str | None:
-    """Why a package, as it is imported and as it is installed, is not there; None = it is.
+def require(package: str, distribution: str) -> None:
+    """Looks for a package, as it is imported and as it is installed.
 
-    Example:
-        >>> absence("no_such_package", "no-such-package")
-        'not installed: pip install no-such-package'
+    Raises:
+        Absent: it is not there.
     """
     if importlib.util.find_spec(package) is None:
-        return f"not installed: pip install {distribution}"
-    return None
+        raise Absent(f"not installed: pip install {distribution}")
 
 
 @dataclasses.dataclass(frozen=True)
