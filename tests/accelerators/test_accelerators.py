@@ -17,6 +17,7 @@ from accelerator import PLATFORM  # skips this file where there is none
 from attention_cases import CASES
 from helpers import assert_close, normal, x64
 from implementations import SLOW
+from kernel_cases import split
 from large_cases import LARGE
 
 from flax_mha import IMPLEMENTATIONS, dot_product_attention, explain
@@ -35,7 +36,6 @@ LIMITS = {
     ("bfloat16", None): {"gpu": 4e-2, "tpu": 4e-2, "cpu": 4e-2},
     ("float16", None): {"gpu": 5e-3, "cpu": 5e-3},  # a TPU multiplies none
 }
-EXTRA = ("bias", "sinks")
 TABLE = {**CASES, **{f"large, {name}": case for name, case in LARGE.items()}}
 # Of the small calls, whose None is the reference, what finds a wrong formula and a wrong dtype.
 ROWS = [
@@ -46,11 +46,8 @@ ROWS = [
 
 def named_arrays(case, dtype):
     """What has a gradient: query, key and value of the dtype; biases, distances, sinks as given."""
-    arrays = case.arrays(dtype)
-    arrays |= {name: jnp.asarray(case.call[name]) for name in EXTRA if name in case.call}
-    if "distance_bias" in case.call:
-        arrays["distances"] = jnp.asarray(case.call["distance_bias"].values)
-    return arrays
+    arrays, _ = split(case.arrays(dtype), case.call)
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def attend(case, arrays, **options):
