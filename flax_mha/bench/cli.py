@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns the exit code.
 
     Returns:
-        0; 1 where a contender's numbers were wrong, or a figure of `aot` has grown beyond the kept
+        0; 1 where numbers were wrong, ours failed, or a figure of `aot` has grown beyond the kept
         one; 2 for a user's mistake; 3 where the kept ones are another compiler's; 130 for Ctrl-C.
 
     Example:

@@ -120,8 +120,13 @@ def crossover_lines(variant: str, crossover: Crossover) -> Iterator[str]:
 
 
 def print_wrong(console: Console, results: Iterable[CaseResult]) -> bool:
-    """Names every contender whose numbers were wrong; returns whether there was one."""
-    wrong = [(found.case, row) for found in results for row in found.rows if row.status == "wrong"]
+    """Names every contender whose numbers were wrong, and ours that failed; returns whether any."""
+    wrong = [(found.case, row) for found in results for row in found.rows if _is_wrong(row)]
     for case, row in wrong:
-        say(console, f"WRONG, and not timed: {row.name} in {case.label}: {row.reason}")
+        status = row.status.upper()
+        say(console, f"{status}, and not timed: {row.name} in {case.label}: {row.reason}")
     return bool(wrong)
+
+
+def _is_wrong(row: Row) -> bool:
+    return row.status == "wrong" or (row.status == "failed" and row.family == "ours")

@@ -186,6 +186,17 @@ def test_what_cannot_be_timed_has_its_reason(
     assert ("WRONG, and not timed: linen" in printed) == (status == "wrong")
 
 
+def test_what_fails_is_told_by_the_exit_code_where_it_is_ours(tmp_path, capsys, monkeypatch):
+    attend = raises(jax.errors.JaxRuntimeError("INTERNAL: bad"))
+    failing = contenders.CONTENDERS["ours"]._replace(build=lambda case: attend)
+    monkeypatch.setitem(contenders.CONTENDERS, "ours", failing)
+    arguments = ["--rehearse", "--case", f"{SMALL} F float32", "--contenders", "ours,linen"]
+    exit_code, found = run(tmp_path, *SET, *arguments)
+    assert exit_code == 1
+    assert [row["status"] for row in found["cases"][0]["contenders"]] == ["failed", "ok"]
+    assert "FAILED, and not timed: ours in" in capsys.readouterr().out
+
+
 def test_data_that_do_not_fit(monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
     monkeypatch.setattr(measure, "expect", raises(full))

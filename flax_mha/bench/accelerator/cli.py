@@ -25,7 +25,7 @@ dropout=RATE, bias; such as '{Case.EXAMPLE}'"""
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Measures and prints; 1 where a contender's numbers were wrong, else 0."""
+    """Measures and prints; 1 where a contender's numbers were wrong or ours failed, else 0."""
     cases = _cases(options)
     names = command.chosen("contender", options.contenders or CONTENDERS, CONTENDERS)
     _require_accelerator(options.rehearse)
