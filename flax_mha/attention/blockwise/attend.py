@@ -22,7 +22,7 @@ from flax_mha.attention.blockwise.signature import Facts, Signature
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals, named
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.platform import Place
+from flax_mha.core.platform import PLATFORMS, Place
 from flax_mha.core.program import apply
 from flax_mha.core.typing import Array
 from flax_mha.core.varying import varying_alike
@@ -80,8 +80,8 @@ def _split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
 
 
 def _widest(inputs: Inputs, options: Options) -> int:
-    """At least t + s, wherever the call runs."""
-    places = (Place("cpu"), Place("cpu", devices=2), Place("gpu"), Place("tpu"))
+    """At least t + s, wherever the call runs: blocks are largest where a device has few heads."""
+    places = (Place(name, devices) for name in PLATFORMS for devices in (1, 1 << 30))
     tilings = [tiling_of(inputs, options.block_sizes, place) for place in places]
     return max(tiling.t + tiling.s for tiling in tilings)
 
