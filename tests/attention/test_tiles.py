@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, normal
+from jax import export
 
 from flax_mha import Mask
+from flax_mha.attention.blockwise.attend import _widest
 from flax_mha.attention.blockwise.engine import Blocks
 from flax_mha.attention.blockwise.programs import Forward
 from flax_mha.attention.blockwise.signature import Facts, Signature
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
 from flax_mha.attention.blockwise.tiles import Tile, Tiling, allowed, key_spans, query_spans
 from flax_mha.attention.contract import Inputs, Options
-from flax_mha.core.platform import Place
+from flax_mha.core.platform import PLATFORMS, Place
 
 CPU = Place("cpu")
 LENGTHS = [(13, 13), (13, 22), (22, 13), (16, 16), (1, 9)]
@@ -90,15 +92,18 @@ def test_a_tile_s_mask_is_the_mask_s_tile(b, k):
         np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
 
 
-def sizes_of(T, S, *, B=1, N=8, K=None, H=64, mask=None, block_sizes=None, place=CPU):
+def inputs_of(T, S, *, B=1, N=8, K=None, H=64, mask=None):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-    inputs = Inputs(
+    return Inputs(
         query_BTNH=shape(B, T, N, H),
         key_BSKH=shape(B, S, K or N, H),
         value_BSKV=shape(B, S, K or N, H),
         mask=mask or Mask(),
     )
-    tiling = tiling_of(inputs, block_sizes, place)
+
+
+def sizes_of(T, S, *, block_sizes=None, place=CPU, **call):
+    tiling = tiling_of(inputs_of(T, S, **call), block_sizes, place)
     return tiling.b, tiling.k, tiling.t, tiling.s
 
 
@@ -134,6 +139,42 @@ def test_a_tile_on_a_tpu_fills_its_lanes_and_stays_in_its_own_memory():
     assert sizes_of(4096, 4096, N=64, K=1, H=128, place=tpu) == (1, 1, 256, 512)
     assert sizes_of(1030, 1300, H=128, place=tpu) == (1, 8, 384, 768)
     assert sizes_of(130, 100, B=3, K=2, place=tpu) == (3, 2, 256, 104)
+
+
+def test_a_tile_on_a_gpu_is_larger_where_there_are_few_heads():
+    """All examples and heads stand side by side: the fewer, the more entries of each."""
+    sizes = lambda *lengths, **call: sizes_of(*lengths, H=128, place=Place("gpu"), **call)
+    window = Mask.window(255, 0)
+    assert sizes(16384, 16384) == (1, 8, 2048, 2048)
+    assert sizes(16384, 16384, mask=Mask.causal()) == (1, 8, 2048, 2048)
+    assert sizes(16384, 16384, N=32, K=8) == (1, 8, 1024, 1024)  # G heads' queries count as theirs
+    assert sizes(16384, 16384, B=16) == (16, 8, 512, 512)
+    assert sizes(600, 600, N=64) == (1, 64, 600, 600)  # as long as the call is
+    assert sizes(16384, 16384, mask=window) == (1, 8, 1024, 1024)
+    assert sizes(16384, 16384, B=16, mask=window) == (16, 8, 256, 256)
+    assert sizes(16384, 16384, B=16, mask=Mask.window(1023, 0)) == (16, 8, 512, 512)
+    assert sizes(16384, 16384, mask=Mask.window(9999, 0)) == (1, 8, 2048, 2048)
+    four = Place("gpu", devices=4)
+    assert sizes_of(16384, 16384, B=4, H=128, place=four) == (4, 8, 2048, 2048)  # 8 heads on each
+
+
+def test_lengths_that_a_gpu_program_does_not_know_are_not_filled_up_far():
+    (T,) = export.symbolic_shape("T")
+    assert sizes_of(T, 4096, place=Place("gpu")) == (1, 8, 512, 512)
+    (B,) = export.symbolic_shape("B")
+    assert sizes_of(4096, 4096, B=B, place=Place("gpu")) == (B, 8, 512, 512)
+
+
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (255, 0), (3000, 100)], ids=str)
+def test_no_place_has_tiles_beyond_the_width_that_a_distance_bias_is_filled_up_by(band):
+    """Of 128 heads of one key, each of 64 TPUs has 2, and larger tiles than one that has all."""
+    lengths, heads = itertools.product((1, 513, 1030, 4096), repeat=2), ((8, 8), (128, 1))
+    for (T, S), (N, K), B in itertools.product(lengths, heads, (1, 64)):
+        inputs = inputs_of(T, S, B=B, N=N, K=K, H=128, mask=Mask(band=band))
+        width = _widest(inputs, Options(scale=1.0))
+        for place in itertools.starmap(Place, itertools.product((*PLATFORMS, "any"), (1, 2, 64))):
+            tiling = tiling_of(inputs, None, place)
+            assert tiling.t + tiling.s <= width, (T, S, N, K, B, place)
 
 
 @pytest.mark.parametrize(("T", "K", "turned"), [(128, 8, True), (96, 8, False), (40, 2, True)])

@@ -31,8 +31,31 @@ whatever the blocks; bfloat16, H = 128:
 
 Many heads of large tiles go through the main memory. One device loops over examples and heads, too;
 devices that share an array get smaller blocks, for a sharded axis that a loop cuts would be
-gathered on every device. So do CPUs over which XLA may have spread the arrays. On GPUs all examples
-and heads stand side by side in each tile: the device spreads them over its units.
+gathered on every device. So do CPUs over which XLA may have spread the arrays.
+
+On GPUs all examples and heads stand side by side in each tile. Estimated for an H100 from the
+program that XLA compiles for one, not measured: 3 us a launch, of which a tile has 12 or 13
+forward and 12 to 16 backward, and for what each moves or multiplies the longer of bytes at 3.35
+TB/s and products at 989 TFLOP/s, NVIDIA's figures. Microseconds a tile of 512 x 512 and head,
+bytes + launches, forward / backward, causal, bfloat16, H = 128:
+
+    t s           256 256        512 512        512 1024       1024 1024      2048 2048
+    8 heads      2.4 + 18       1.9 + 4.5      1.9 + 2.3      1.6 + 1.1      1.4 + 0.3
+               / 4.5 + 20     / 3.3 + 5.0    / 3.0 + 2.3    / 2.7 + 1.3    / 2.4 + 0.3
+    128 heads    3.1 + 1.2      2.5 + 0.3      2.3 + 0.2      2.2 + 0.1      2.0 + 0.0
+               / 4.8 + 1.4    / 3.7 + 0.4    / 3.4 + 0.2    / 3.2 + 0.1    / 2.9 + 0.0
+
+Milliseconds, forward and backward, of all tiles that are visited, and MiB beside arguments and
+results:
+
+    t s                            256 256     512 512      1024 1024     2048 2048
+    8 heads, T=4096                            4.3   81     2.1  161      1.7  468
+             T=16384                            66  226      30  307       20  614
+    128 heads, T=4096                           32 1415      28 2695       31 7562
+    8 heads, T=8192, window 256    5.7  107    3.7  129     3.2  210
+    128 heads                       21 1964     27 2317      42 3598
+
+At 1 us a launch, as XLA's own model has it, 8 heads of T=4096 take 2.4, 1.6 and 1.5.
 """
 
 from typing import Any
@@ -42,10 +65,13 @@ from flax_mha.attention.dropout import GROUP
 from flax_mha.core.platform import Place
 from flax_mha.core.sizes import is_known
 
-NUMBERS_A_TILE = {"cpu": 3 << 19, "tpu": 24 << 20}  # GPUs: all there are
+NUMBERS_A_TILE = {"cpu": 3 << 19, "tpu": 24 << 20}  # on GPUs of all examples and heads
 LARGEST_BLOCK = 1024
 LARGEST_BANDED_BLOCK = 512
 SMALLEST_BANDED_BLOCK = 128
+NUMBERS_A_GPU_TILE = 48 << 20
+GPU_BLOCKS = 512, 2048  # the smallest and the largest
+GPU_BANDED_BLOCKS = 256, 1024  # those where half the band's width is no more
 FEWEST_QUERIES = 64
 LANES = 128  # of a vector on a TPU
 
@@ -62,10 +88,13 @@ def tiling_of(inputs: Any, block_sizes: tuple[int, int] | None, place: Place) ->
 def _block_sizes(inputs: Any, place: Place) -> tuple[int, int]:
     (_, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     left, right = inputs.mask.band
-    queries, keys = _largest_blocks(left, right, place)
-    if place.platform in NUMBERS_A_TILE and (place.is_shared or _is_tpu(place)):
-        queries, keys = _fitting(inputs, queries, keys, place)
-    if not _is_tpu(place):  # G heads share keys: a tile has G t rows
+    if place.cpu or _is_tpu(place):
+        queries, keys = _largest_blocks(left, right, place)
+        if place.is_shared or _is_tpu(place):
+            queries, keys = _fitting(inputs, queries, keys, place)
+    else:
+        queries = keys = _gpu_block(inputs, place)
+    if place.cpu:  # G heads share keys: a tile has G t rows
         queries = max(FEWEST_QUERIES, queries // (N // K))
     drawn = 8 if inputs.dropout_word_2 is None else GROUP
     multiple = LANES if _is_tpu(place) else 8
@@ -81,9 +110,26 @@ def _largest_blocks(left: int | None, right: int | None, place: Place) -> tuple[
         return block, block
     if _is_tpu(place):
         return LARGEST_BANDED_BLOCK, LARGEST_BLOCK
-    banded = (left, right) != (None, None) or not place.cpu
-    block = LARGEST_BANDED_BLOCK if banded else LARGEST_BLOCK
+    block = LARGEST_BLOCK if (left, right) == (None, None) else LARGEST_BANDED_BLOCK
     return block, block
+
+
+def _gpu_block(inputs: Any, place: Place) -> int:
+    """Of queries and of keys: the fewer heads a device has, the larger."""
+    (B, T, N, H), (_, S, _, V) = inputs.query_BTNH.shape, inputs.value_BSKV.shape
+    least, block = GPU_BLOCKS
+    if not all(map(is_known, (B, T, S))):  # what is not known is filled up to whole blocks
+        return least
+    left, right = inputs.mask.band
+    if left is not None and right is not None:
+        half, (least_banded, largest_banded) = (left + right + 2) // 2, GPU_BANDED_BLOCKS
+        least, block = min(least, max(least_banded, half)), min(block, max(largest_banded, half))
+    heads = -(-B * N // place.devices)
+    while block > least and (
+        heads * _numbers(min(block, T), min(block, S), H, V) > NUMBERS_A_GPU_TILE
+    ):
+        block = max(least, block // 2)
+    return block
 
 
 def even_block(length: int, largest: int, multiple: int = 8) -> int:
