@@ -1,10 +1,12 @@
-"""Programs compiled for accelerators that this machine does not have: libtpu alone is needed.
+"""Programs compiled for accelerators that this machine does not have.
 
-A test that uses it begins with `pytest.importorskip("libtpu", reason=...)`. Compiled means that the
+For TPUs libtpu alone is needed, for an H100 the CUDA plugin and ptxas: a test that uses one is
+skipped with what `missing` says. Compiled means that the
 vendor's compiler took the program; what it says of memory and cycles is the compiler's account.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -24,8 +26,52 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
+H100 = "h100"  # a topology of one
+# What the compiler asks of a GPU: NVIDIA's figures of an H100 SXM with 80 GB.
+H100_FACTS = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 85899345920
+}
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 8 }
+dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def missing(topology):
+    """Why nothing compiles for it here; None = it does."""
+    tpu = "compiling for a TPU needs libtpu: pip install 'flax_mha[tpu-aot]'"
+    gpu = "compiling for an H100 needs the CUDA plugin: pip install 'flax_mha[gpu-aot]'"
+    if topology != H100:
+        return None if importlib.util.find_spec("libtpu") else tpu
+    plugins = importlib.util.find_spec("jax_plugins")
+    names = [f"jax_plugins.xla_cuda{version}" for version in (12, 13)]
+    return None if plugins and any(map(importlib.util.find_spec, names)) else gpu
+
+
 def devices_of(topology="v5e:2x2"):
     """The chips of a topology, as `jax.devices()` would give them on one."""
+    if topology == H100:
+        facts = dict(topology="1x1x1", target_config=H100_FACTS)
+        return topologies.get_topology_desc(platform="cuda", **facts).devices
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
