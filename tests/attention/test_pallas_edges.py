@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, x64
+from helpers import assert_close, normal, x64
 from kernel_cases import QUICKLY, arrays_of, assert_beside, attend, compare, results
 
 from flax_mha import Mask, dot_product_attention
+from flax_mha.attention import DistanceBias
 
 KERNEL = "pallas_interpreted"
 SMALL = dict(block_sizes=(128, 128))
@@ -69,6 +70,19 @@ def test_a_bias_of_low_numbers_under_a_mask(fill):
     bias = jnp.where(jnp.arange(150)[:, None] % 3 == 0, fill, jnp.zeros((1, 1, 150, 260)))
     call = dict(mask=Mask.window(3, 200), sinks=jnp.array([0.0, -1.0, LEAST, 2.0]))
     assert_beside(arrays_of(150, 260), bias=jnp.broadcast_to(bias, (1, 4, 150, 260)), **call)
+
+
+@pytest.mark.parametrize("scale", [None, pytest.param(-3.0, marks=pytest.mark.slow), 1e-9])
+def test_distances_as_large_as_numbers_are(scale):
+    """They are divided by a factor of the scale, and none of the quotients overflows."""
+    values = jnp.asarray([[LEAST, LEAST, -LEAST, -LEAST, 0.5 * LEAST, -jnp.inf, 1.0, 2.0]] * 4)
+    arrays = arrays_of(150, 140, H=11, dtype="bfloat16")
+    call = dict(distance_bias=DistanceBias(values, first=-4), scale=scale, **SMALL)
+    context, *rows = attend(arrays, KERNEL, **call)
+    expected, *expected_rows = attend(arrays, "reference", **call)
+    assert_close(context, expected, "bfloat16", "context")
+    for row, expected_row in zip(rows, expected_rows):
+        np.testing.assert_allclose(row, expected_row, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [dict(T=0), dict(S=0), dict(B=0), dict(N=0, K=1)], ids=str)

@@ -166,19 +166,31 @@ def _kernel(plan: Plan, refs: dict[str, Any], heads: int, blocks: int, steps: in
 
 
 def _add_tile(plan: Plan, refs: dict[str, Any], at: At, g: Any, row: Any, masked: bool) -> None:
-    part = plan.backward_part
-    for own in range(0, plan.t, part.rows):
-        place = pl.ds(pl.multiple_of(row + own, part.rows), part.rows)
-        for here in parts(plan, refs, at, part, own):
-            d_product, kept = d_logits(here, masked)[1:]
-            query, d_context = refs["query"][here.rows], refs["d_context"][here.rows]
-            # In this order: sizes.py says why.
-            d_value_vs = dot(plan, d_context, kept, COLUMNS_BY_COLUMNS)
-            d_key_hs = dot(plan, query, d_product, COLUMNS_BY_COLUMNS)
-            d_query = dot(plan, d_product, refs["key"][here.columns], ROWS_BY_COLUMNS)
-            refs["d_query"][g, place] = refs["d_query"][g, place] + d_query
-            refs["d_key_hs"][:, here.columns] = refs["d_key_hs"][:, here.columns] + d_key_hs
-            refs["d_value_vs"][:, here.columns] = refs["d_value_vs"][:, here.columns] + d_value_vs
+    """Adds part by part, each when the next one's logits are there.
+
+    For the compiler fills a unit's idle cycles only with what stands near in the program.
+    """
+    sums = (
+        functools.partial(_add_part, here, *d_logits(here, masked)[1:], g=g, row=row)
+        for here in parts(plan, refs, at, plan.backward_part)
+    )
+    add = next(sums)
+    for following in sums:
+        add()
+        add = following
+    add()
+
+
+def _add_part(here: Here, d_product: Array, kept: Array, *, g: Any, row: Any) -> None:
+    plan, refs, columns = here.plan, here.refs, here.columns
+    place = pl.ds(pl.multiple_of(row + here.row, here.part.rows), here.part.rows)
+    # In this order: sizes.py says why.
+    d_value_vs = dot(plan, refs["d_context"][here.rows], kept, COLUMNS_BY_COLUMNS)
+    d_key_hs = dot(plan, refs["query"][here.rows], d_product, COLUMNS_BY_COLUMNS)
+    d_query = dot(plan, d_product, refs["key"][columns], ROWS_BY_COLUMNS)
+    refs["d_query"][g, place] = refs["d_query"][g, place] + d_query
+    refs["d_key_hs"][:, columns] = refs["d_key_hs"][:, columns] + d_key_hs
+    refs["d_value_vs"][:, columns] = refs["d_value_vs"][:, columns] + d_value_vs
 
 
 def d_logits(here: Here, masked: bool) -> tuple[Array, Array, Array]:
@@ -186,7 +198,9 @@ def d_logits(here: Here, masked: bool) -> tuple[Array, Array, Array]:
     plan, refs, rows, columns = here.plan, here.refs, here.rows, here.columns
     size = here.part.columns
     query, key, value = refs["query"][rows], refs["key"][columns], refs["value"][columns]
-    logits_ts, slope = logits(here, query, key, plan.scale)
+    logits_ts, slope = logits(here, query, key)
+    if plan.late != 1:
+        logits_ts = logits_ts * plan.late
     if masked:
         logits_ts = jnp.where(allowed(here), logits_ts, -jnp.inf)
     exp_ts = jnp.exp(logits_ts - wide(as_column(refs["row_max"][:, rows]), size))

@@ -119,10 +119,8 @@ def _kernel(plan: Plan, refs: dict[str, Any], at: Any, inner: int, add: Any) -> 
 
 
 def _add_tile(plan: Plan, refs: dict[str, Any], at: At, add: Any, masked: bool) -> None:
-    part = plan.backward_part
-    for row in range(0, plan.t, part.rows):
-        for here in parts(plan, refs, at, part, row):
-            add(here, d_logits(here, masked)[0])
+    for here in parts(plan, refs, at, plan.backward_part):
+        add(here, d_logits(here, masked)[0])
 
 
 def _add_dense(here: Here, d_logits_ts: Array) -> None:

@@ -98,26 +98,22 @@ class Rows(NamedTuple):
 
 
 def _add_tile(plan: Plan, refs: dict[str, Any], at: At, masked: bool) -> None:
-    part = plan.forward_part
-    for row in range(0, plan.t, part.rows):
-        place = pl.ds(row, part.rows)
-        rows = Rows(*(refs[name][place] for name in Rows._fields))
-        for here in parts(plan, refs, at, part, row):
-            rows = _add_part(here, rows, masked)
-        for name, x in rows._asdict().items():
-            refs[name][place] = x
+    rows = Rows(*(refs[name][...] for name in Rows._fields))
+    for here in parts(plan, refs, at, plan.forward_part):
+        rows = _add_part(here, rows, masked)
+    for name, x in rows._asdict().items():
+        refs[name][...] = x
 
 
 def _add_part(here: Here, rows: Rows, masked: bool) -> Rows:
     """One step of the online softmax; `highest` is finite, so that no -inf - (-inf) is a NaN."""
     plan, refs = here.plan, here.refs
     value = refs["value"][here.columns]
-    early, late = (1.0, plan.scale) if plan.scales_late else (plan.scale, 1.0)
-    logits_ts, _ = logits(here, refs["query"][here.rows], refs["key"][here.columns], early)
+    logits_ts, _ = logits(here, refs["query"][here.rows], refs["key"][here.columns])
     if masked:
         logits_ts = jnp.where(allowed(here), logits_ts, -jnp.inf)
     highest = jnp.maximum(rows.highest, logits_ts.max(1)[:, None])
-    exp = lambda x: jnp.exp2(x * np.float32(late * LOG2_E))  # noqa: E731
+    exp = lambda x: jnp.exp2(x * np.float32(plan.late * LOG2_E))  # noqa: E731
     exp_ts = exp(logits_ts - wide(highest, here.part.columns))
     decay = exp(rows.highest - highest)
     total = rows.total * decay + _over_lanes(exp_ts)
@@ -137,6 +133,6 @@ def _finish(plan: Plan, refs: dict[str, Any]) -> None:
     # A query that may attend nowhere has sum 0 and total 0: its context is 0.
     share = jnp.where(total == 0, 0.0, kept / jnp.where(total == 0, 1.0, total))
     refs["context"][...] = refs["sum"][...] * wide(share, plan.V)
-    highest = refs["highest"][...] * (plan.scale if plan.scales_late else 1.0)
+    highest = refs["highest"][...] * plan.late
     refs["row_max"][...] = jnp.where(total == 0, -jnp.inf, highest).T[:1]
     refs["row_sum"][...] = total.T[:1]

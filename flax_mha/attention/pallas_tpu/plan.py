@@ -35,7 +35,7 @@ class Plan:
     t: int
     s: int
     band: Band
-    scale: float  # of the product; 1 where the query has it already
+    scale: float  # of the product: 1 where the query has it already, else from 1 to 2
     soft_cap: float | None
     rate: float
     precision: Any
@@ -64,13 +64,14 @@ class Plan:
         return has or self.band != (None, None)
 
     @property
-    def scales_late(self) -> bool:
-        """Whether the logits are the products but for a positive factor.
+    def late(self) -> float:
+        """The factor of the logits that stays out of them until their maximum is subtracted.
 
-        Then differences of products are scaled, which is no work beyond that of e^x = 2^(x log2 e).
+        There it costs nothing beyond the factor of e^x = 2^(x log2 e). A soft cap needs it before,
+        and a dense bias would have to be divided by it, entry by entry.
         """
-        is_alone = self.soft_cap is None and not {"bias", "distances"} & set(self.names)
-        return is_alone and self.scale > 0
+        is_early = self.soft_cap is not None or "bias" in self.names or self.scale <= 0
+        return 1.0 if is_early else self.scale
 
     @property
     def key_steps(self) -> int:
@@ -101,9 +102,10 @@ class Plan:
     def backward_part(self) -> Part:
         """The whole tile: its five products leave the vector units time enough.
 
-        With dropout a column of registers at a time, so that products overlap with the draws.
+        With dropout so little that the products of one part overlap with the next one's draws.
         """
-        return Part(self.t, LANES if self.rate > 0 else self.s)
+        whole = Part(self.t, self.s)
+        return whole if self.rate == 0 else Part(largest_divisor(self.t, 256), LANES)
 
 
 def largest_divisor(size: int, most: int) -> int:

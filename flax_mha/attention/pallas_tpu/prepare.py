@@ -6,6 +6,7 @@ queries begin where four rows of draws begin, that is up to 31 rows further on.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax_mha.attention.logits import scales
 from flax_mha.attention.pallas_tpu.plan import LANES, Plan
 from flax_mha.attention.pallas_tpu.sizes import tile_sizes
 from flax_mha.attention.pallas_tpu.spans import Tiles, tiles
-from flax_mha.core.typing import Array, Shape
+from flax_mha.core.typing import Array, DType, Shape
 from flax_mha.masks import Mask
 
 
@@ -76,7 +77,7 @@ def prepare(signature: Signature, known: list[Array], interpret: bool) -> Prepar
     options = signature.options
     t, s = tile_sizes(blocks, options.block_sizes)
     first, more = _first_row(None if options.draws_aligned else blocks.dropout_start_4)
-    of_query, of_product = scales(options, blocks.query_BTNH.dtype)
+    of_query, of_product = _scales(options, blocks.query_BTNH.dtype)
     plan = Plan(
         B=B,
         K=K,
@@ -114,6 +115,8 @@ def prepare(signature: Signature, known: list[Array], interpret: bool) -> Prepar
     if blocks.distance_bias is not None:
         operands["distances"] = skewed(plan, blocks.distance_bias, first)
     plan = dataclasses.replace(plan, shapes=tuple((n, x.shape) for n, x in operands.items()))
+    if "distances" in operands:
+        operands["distances"] = operands["distances"] / plan.late
     return Prepared(plan, operands, visited, first, T, S)
 
 
@@ -138,6 +141,16 @@ def skewed(plan: Plan, bias: DistanceBias, first: Any) -> Array:
     values_bNL = jnp.moveaxis(jnp.take(bias.values, entry_bL, axis=1), 0, 1)
     tile = jax.vmap(lambda x: skew(x, LANES, size))(values_bNL).astype("float32")
     return tile.reshape(tile.shape[0], plan.K, plan.G, LANES, size)
+
+
+def _scales(options: Any, dtype: DType) -> tuple[float, float]:
+    """`scales`, whose power of two goes to the query: it changes no digit.
+
+    So the product's factor is from 1 to 2, and no distance bias that is divided by it overflows.
+    """
+    of_query, of_product = scales(options, dtype)
+    fraction, exponent = math.frexp(of_product)
+    return math.ldexp(of_query, exponent - 1), 2 * fraction
 
 
 def _first_row(start_4: Array | None) -> tuple[Any, int]:

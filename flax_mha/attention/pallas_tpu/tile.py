@@ -49,9 +49,10 @@ class Here:
         return self.refs[name][row * self.plan.shape(name)[1] + index]
 
 
-def parts(plan: Plan, refs: dict[str, Any], at: At, part: Part, row: int) -> list[Here]:
-    """The parts of a tile that share the queries from `row` on, from the first key to the last."""
-    return [Here(plan, refs, at, part, row, column) for column in range(0, plan.s, part.columns)]
+def parts(plan: Plan, refs: dict[str, Any], at: At, part: Part) -> list[Here]:
+    """The parts of a tile: from the first key to the last, and of these from the first query."""
+    rows, columns = range(0, plan.t, part.rows), range(0, plan.s, part.columns)
+    return [Here(plan, refs, at, part, row, column) for column in columns for row in rows]
 
 
 def dot(plan: Plan, a: Array, b: Array, contraction: Any) -> Array:
@@ -61,12 +62,12 @@ def dot(plan: Plan, a: Array, b: Array, contraction: Any) -> Array:
     )
 
 
-def logits(here: Here, query: Array, key: Array, scale: float) -> tuple[Array, Array | None]:
-    """The part's logits before its mask; the soft cap's slope, where there is one."""
+def logits(here: Here, query: Array, key: Array) -> tuple[Array, Array | None]:
+    """The part's logits over `plan.late`, before its mask; the soft cap's slope, if any."""
     plan, slope = here.plan, None
     product = dot(plan, query, key, ROWS_BY_ROWS)
-    if scale != 1:
-        product = product * scale
+    if plan.scale != plan.late:
+        product = product * plan.scale
     if plan.soft_cap is not None:
         tanh = jnp.tanh(product / plan.soft_cap)
         product, slope = plan.soft_cap * tanh, 1 - tanh**2
