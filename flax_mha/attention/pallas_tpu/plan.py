@@ -94,9 +94,10 @@ class Plan:
     def forward_part(self) -> Part:
         """All queries and half of the keys: so its products overlap with the other's softmax.
 
-        With dropout a quarter, so that they overlap with the draws.
+        With dropout a quarter, so that they overlap with the draws; with a dense bias all.
         """
-        return Part(self.t, largest_divisor(self.s, 256 if self.rate > 0 else 512))
+        most = 256 if self.rate > 0 else 1024 if "bias" in self.names else 512
+        return Part(self.t, largest_divisor(self.s, most))
 
     @property
     def backward_part(self) -> Part:

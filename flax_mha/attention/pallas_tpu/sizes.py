@@ -9,12 +9,24 @@ schedule (jax 0.12.0.1, libtpu 0.0.50.1):
 
 Parts of a tile, backward, its products in the other order: all of 1024 x 1024 2291 / 1110, 512 x
 1024 2346 / 1124, 256 x 1024 2416, 1024 x 512 2374; d_key as d_product^T . query, with the tile
-transposed, 2224 / 1315. In this order (d_value, d_key, d_query) 2196 / 1197. With dropout: forward
-1024 x 256 2015 / 1842 (x 512 2275 / 1903), backward 1024 x 128 3059 / 2622 (the other order 2774 /
-2705; x 256 3458 / 2376).
+transposed, 2224 / 1315. In this order (d_value, d_key, d_query) 2196 / 1197.
 
-A scale that stays out of the maximum (`Plan.scales_late`) makes forward 1021 / 692 of 1072 / 772.
-In a base of 2 from the start it is 993 / 646, but then huge logits are rounded twice.
+With dropout, forward: 1024 x 256 2015 / 1842 (x 512 2275 / 1903). Backward, where a part's products
+follow the next part's draws: 256 x 128 2781 / 2277, in the other order 2760 / 2264, with transposed
+operands and columns of row_max made once a tile 2225 on v6e; 256 x 256 3554 / 2235. Where they
+follow its own draws the matrix units stand still, then the vector units do: 1024 x 128 3059 / 2622
+(the other order 2774 / 2705, with the next part's draws made before 2700), 1024 x 256 3458 / 2376,
+512 x 256 3532 / 2490, 256 x 256 3265 / 2785. Its vector operations alone take some 2080 / 2100, the
+five products at their nominal pace 2560 / 1280.
+
+With a dense bias, forward on v6e, float32 / bfloat16: 1024 x 1024 763.5 / 777, x 512 764 / 800, x
+256 815; a float32 one is bound by memory, 1120 cycles at 1640 GB/s. On v5e 1024 x 1024 1100, x 512
+1063 / 1035.
+
+A scale that stays out of the maximum (`Plan.late`) makes forward 1021 / 692 of 1072 / 772; with
+distances, which are divided by it before, 1092 / 745 of 1074 / 771; with a dense bias, multiplied
+in the kernel, 780 on v6e where it is 764. In a base of 2 from the start it is 993 / 646, but then
+huge logits are rounded twice.
 """
 
 from typing import Any
