@@ -96,7 +96,8 @@ def missing(figures: Iterable[Figure]) -> Iterator[str]:
             lines.append(f"  {figure.case}: {figure.contender}: {figure.status}: {figure.reason}")
         elif figure.whole is None:
             names = ", ".join(part.name for part in figure.parts if part.entries is None)
-            what = f"the matrix products of {names} are not those of attention over a tile"
+            names = f" of {names}" if names else ""
+            what = f"the matrix products{names} are not those of attention over a tile"
             lines.append(f"  {figure.case} {passes}: {figure.contender}: not read: {what}")
     yield from dict.fromkeys(lines)
 
