@@ -6,74 +6,37 @@ Compiled by XLA's GPU compiler for a card that is not here: nothing is said of n
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
-from ahead_of_time import H100, compile, missing, steps_of
+from ahead_of_time import H100, beyond_arguments, compile, missing, steps_of
+from training_steps import KINDS, H, N, shape, training_step
 
 from flax_mha import dot_product_attention
-from flax_mha.linen import MultiHeadAttention
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(missing(H100) is not None, reason=str(missing(H100))),
 ]
 
-D, N, H = 1024, 8, 128
-KINDS = {
-    "causal": {},
-    "padding": {},
-    "segments": {},
-    "grouped": {"num_kv_heads": 2},
-    "bias": {},
-    "dropout": {"dropout": 0.1},
-}
 LENGTHS = (4096, 8192, 16384)
 TILE = 4 * N * 2048**2  # bytes of the float32 logits of one
 
 
-def shape(*sizes, dtype="bfloat16"):
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
-
 @functools.cache
-def training_step(kind, T, implementation=None):
-    """The program of a gradient with respect to the parameters, the input and a bias."""
-    options = dict(dtype="bfloat16", implementation=implementation, **KINDS[kind])
-    layer = MultiHeadAttention(N, H, **options)
-    x = jnp.zeros((1, 16, D), "bfloat16")
-    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, x))
-
-    def loss(params, x, bias, mask, ids, words):
-        call = {
-            "padding": dict(query_mask=mask, value_mask=mask),
-            "segments": dict(segment_ids=ids),
-            "bias": dict(bias=bias, use_causal_mask=True),
-            "dropout": dict(training=True, use_causal_mask=True),
-        }.get(kind, dict(use_causal_mask=True))
-        rngs = {"dropout": jax.random.wrap_key_data(words)}
-        return layer.apply(params, x, x, **call, rngs=rngs).astype("float32").sum()
-
-    bias, words = shape(1, N, 1, T), shape(2, dtype="uint32")
-    mask, ids = shape(1, T, dtype="bool"), shape(1, T, dtype="int32")
-    arrays = (params, shape(1, T, D), bias, mask, ids, words)
-    return compile(jax.grad(loss, argnums=(0, 1, 2)), arrays, H100)
-
-
-def beyond_arguments(program):
-    memory = program.memory_analysis()
-    return memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+def program_of(kind, T, implementation=None):
+    step, types = training_step(kind, implementation)
+    return compile(step, types(T), H100)
 
 
 def test_memory_is_linear_in_the_length():
     """A tile's own memory aside, which every length needs: twice the length adds twice as much."""
-    few, more, many = (beyond_arguments(training_step("causal", T)) for T in LENGTHS)
+    few, more, many = (beyond_arguments(program_of("causal", T)) for T in LENGTHS)
     print(f"beyond the arguments {few >> 20}, {more >> 20} and {many >> 20} MiB")
     assert 0 < many - more <= 2.2 * (more - few)
     assert many <= 1 << 30  # of an einsum 24 GiB
 
 
 def test_the_control_is_quadratic():
-    few, more, many = (beyond_arguments(training_step("causal", T, "reference")) for T in LENGTHS)
+    few, more, many = (beyond_arguments(program_of("causal", T, "reference")) for T in LENGTHS)
     assert many - more > 3.5 * (more - few)
 
 
@@ -81,7 +44,7 @@ def test_the_control_is_quadratic():
 def test_a_training_step_holds_nothing_quadratic(kind):
     """Not one byte for each of [T, S]."""
     T = LENGTHS[-1]
-    program = training_step(kind, T)
+    program = program_of(kind, T)
     steps = steps_of(program)
     assert any(step.opcode == "while" for step in steps)
     assert max(step.bytes for step in steps) == TILE < T * T

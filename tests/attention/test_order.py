@@ -31,11 +31,11 @@ class Turned:
     def at(self, place):
         return self
 
-    def forward(self, signature, known, place):
-        return Blocks().forward(signature, known, TPU)
+    def forward(self, call):
+        return Blocks().forward(call._replace(place=TPU))
 
-    def backward(self, signature, known, softmax, cotangents, place):
-        return Blocks().backward(signature, known, softmax, cotangents, TPU)
+    def backward(self, call, softmax, cotangents):
+        return Blocks().backward(call._replace(place=TPU), softmax, cotangents)
 
 
 class Implementation:

@@ -1,8 +1,8 @@
 """Programs compiled for accelerators that this machine does not have.
 
 For TPUs libtpu alone is needed, for an H100 the CUDA plugin and ptxas: a test that uses one is
-skipped with what `missing` says. Compiled means that the
-vendor's compiler took the program; what it says of memory and cycles is the compiler's account.
+skipped with what `missing` says. Compiled means that the vendor's compiler took the program; what
+it says of memory and cycles is the compiler's account.
 """
 
 import dataclasses
@@ -94,6 +94,12 @@ def compile(function, args, topology="v5e:2x2", **jit):
     divides carries its sharding: `ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(...))`.
     """
     return jax.jit(function, **jit).lower(*placed(args, topology)).compile()
+
+
+def beyond_arguments(compiled):
+    """Bytes at the peak of a program, its arguments aside."""
+    memory = compiled.memory_analysis()
+    return memory.peak_memory_in_bytes - memory.argument_size_in_bytes
 
 
 @dataclasses.dataclass(frozen=True)

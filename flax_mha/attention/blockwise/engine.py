@@ -4,7 +4,7 @@ Whatever computes them, the derivatives of every other order are sums over these
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from flax_mha.attention.blockwise.backward import backward
 from flax_mha.attention.blockwise.forward import Softmax, forward
@@ -18,6 +18,14 @@ Cotangents = tuple[Array, Array]  # of context and row_sum: the result is the sa
 Gradients = dict[str, Array]  # of the signature's arrays, by their names
 
 
+class Call(NamedTuple):
+    """What is computed, of which arrays, and where the program is lowered for."""
+
+    signature: Signature
+    known: list[Array]
+    place: Place
+
+
 class Engine(Protocol):
     """Says what computes a call where it is lowered for, or refuses; static and hashable."""
 
@@ -25,18 +33,11 @@ class Engine(Protocol):
 
 
 class Computation(Protocol):
-    """What computes a call at a place."""
+    """What computes a call at its place."""
 
-    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax: ...
+    def forward(self, call: Call) -> Softmax: ...
 
-    def backward(
-        self,
-        signature: Signature,
-        known: list[Array],
-        softmax: Softmax,
-        cotangents: Cotangents,
-        place: Place,
-    ) -> Gradients: ...
+    def backward(self, call: Call, softmax: Softmax, cotangents: Cotangents) -> Gradients: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +47,15 @@ class Blocks:
     def at(self, place: Place) -> "Blocks":
         return self
 
-    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
-        plan, blocks = signature.filled(known, place)
+    def forward(self, call: Call) -> Softmax:
+        plan, blocks = call.signature.filled(call.known, call.place)
         context, row_max, row_sum = forward(plan, blocks)
         T = plan.tiling.T
         return Softmax(context[:, :T], row_max[..., :T], row_sum[..., :T])
 
-    def backward(
-        self,
-        signature: Signature,
-        known: list[Array],
-        softmax: Softmax,
-        cotangents: Cotangents,
-        place: Place,
-    ) -> Gradients:
-        plan, blocks = signature.filled(known, place)
-        parts = softmax_parts(signature)
+    def backward(self, call: Call, softmax: Softmax, cotangents: Cotangents) -> Gradients:
+        plan, blocks = call.signature.filled(call.known, call.place)
+        parts = softmax_parts(call.signature)
         fill = lambda part, x: part.fill(plan.tiling, x)  # noqa: E731
         filled = Softmax(*map(fill, parts, softmax))
         d_context, d_row_sum = map(fill, (parts.context_BTNV, parts.row_sum_BNT), cotangents)
@@ -69,7 +63,7 @@ class Blocks:
         named = dict(query=d_query, key=d_key, value=d_value)
         biases = dict(bias=d_biases.bias_bnts, distances=d_biases.values_NL)
         gradients = named | {name: x for name, x in biases.items() if x is not None}
-        parts_of = dict(zip(signature.names, signature.parts))
+        parts_of = dict(zip(call.signature.names, call.signature.parts))
         return {name: parts_of[name].trim(x) for name, x in gradients.items()}
 
 

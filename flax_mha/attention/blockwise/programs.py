@@ -22,7 +22,7 @@ from flax_mha.attention.blockwise.call import (
     tile_dropper,
     tile_logits,
 )
-from flax_mha.attention.blockwise.engine import Engine, softmax_parts
+from flax_mha.attention.blockwise.engine import Call, Engine, softmax_parts
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.blockwise.parts import Here
 from flax_mha.attention.blockwise.signature import Signature
@@ -44,7 +44,7 @@ class Forward(Program):
         return len(Softmax._fields)
 
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
-        return list(self.engine.at(place).forward(self.signature, known, place))
+        return list(self.engine.at(place).forward(Call(self.signature, known, place)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,8 @@ class Gradient(Program):
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
         split = len(known) - len(Softmax._fields)
         arrays, softmax, (d_context, d_row_sum) = known[:split], Softmax(*known[split:]), linear
-        gradients = self.of.engine.at(place).backward(
-            self.of.signature, arrays, softmax, (d_context, d_row_sum), place
-        )
+        call = Call(self.of.signature, arrays, place)
+        gradients = self.of.engine.at(place).backward(call, softmax, (d_context, d_row_sum))
         moving = zip(self.of.function.moving, self.of.linear)
         return [gradients[name].astype(part.dtype) for name, part in moving]
 

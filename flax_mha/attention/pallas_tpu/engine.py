@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention.blockwise.engine import Cotangents, Gradients
+from flax_mha.attention.blockwise.engine import Call, Cotangents, Gradients
 from flax_mha.attention.blockwise.forward import Softmax
-from flax_mha.attention.blockwise.signature import Signature
 from flax_mha.attention.pallas_tpu.backward import backward
 from flax_mha.attention.pallas_tpu.bias_sums import bias_sums, distance_sums
 from flax_mha.attention.pallas_tpu.examples import joins_examples
@@ -29,33 +28,23 @@ class Kernels:
         self._check(place)
         return self
 
-    def forward(self, signature: Signature, known: list[Array], place: Place) -> Softmax:
-        call = prepare(signature, known, self.interpret)
-        spans = key_spans(call.tiles)
-        context, row_max, row_sum = joins_examples(forward)(*with_spans(call, spans))
-        return Softmax(call.back_rows(context), call.back_row(row_max), call.back_row(row_sum))
+    def forward(self, call: Call) -> Softmax:
+        made = prepare(call.signature, call.known, self.interpret)
+        spans = key_spans(made.tiles)
+        context, row_max, row_sum = joins_examples(forward)(*with_spans(made, spans))
+        return Softmax(made.back_rows(context), made.back_row(row_max), made.back_row(row_sum))
 
-    def backward(
-        self,
-        signature: Signature,
-        known: list[Array],
-        softmax: Softmax,
-        cotangents: Cotangents,
-        place: Place,
-    ) -> Gradients:
-        call = prepare(signature, known, self.interpret)
-        operands = _of_rows(call, softmax, cotangents)
-        spans = query_spans(call.tiles)
-        d_query, d_key, d_value = joins_examples(backward)(*with_spans(call, spans, **operands))
-        scale = signature.options.scale
+    def backward(self, call: Call, softmax: Softmax, cotangents: Cotangents) -> Gradients:
+        made = prepare(call.signature, call.known, self.interpret)
+        operands = _of_rows(made, softmax, cotangents)
+        spans = query_spans(made.tiles)
+        d_query, d_key, d_value = joins_examples(backward)(*with_spans(made, spans, **operands))
         gradients = {
-            "query": call.back_rows(d_query) * scale,
-            "key": call.back_keys(d_key),
-            "value": call.back_keys(d_value),
+            "query": made.back_rows(d_query) * call.signature.options.scale,
+            "key": made.back_keys(d_key),
+            "value": made.back_keys(d_value),
         }
-        if "bias" in signature.names or "distances" in signature.names:
-            gradients |= _of_biases(call, operands, signature, known)
-        return gradients
+        return gradients | _of_biases(made, operands, call)
 
     def _check(self, place: Place) -> None:
         if self.interpret or place == Place.anywhere():
@@ -72,7 +61,7 @@ class Kernels:
             checks.fail(NotImplementedError, rule, f"a program of {place.devices} devices", remedy)
 
 
-def _of_rows(call: Prepared, softmax: Softmax, cotangents: Cotangents) -> dict[str, Array]:
+def _of_rows(made: Prepared, softmax: Softmax, cotangents: Cotangents) -> dict[str, Array]:
     """What the backward kernels need of each query.
 
     Divided by row_sum already, and scaled as what dropout keeps. Not one lse = row_max +
@@ -82,32 +71,30 @@ def _of_rows(call: Prepared, softmax: Softmax, cotangents: Cotangents) -> dict[s
     nowhere = row_sum == 0
     row_max = jnp.where(nowhere, jnp.inf, row_max)  # e^(logits - inf) is 0
     share = 1 / jnp.where(nowhere, 1, row_sum)
-    rate = call.plan.rate
+    rate = made.plan.rate
     kept = 1 / (1 - rate) if rate < 1 else 0.0
     d_context = d_context * share.swapaxes(1, 2)[..., None] * kept
-    d_context = d_context.astype(call.operands["value"].dtype)
+    d_context = d_context.astype(made.operands["value"].dtype)
     # Of the rounded d_context, as the products are: so a row of d_logits still sums to 0.
     delta = (d_context.astype(context.dtype) * context).sum(-1).swapaxes(1, 2) * (1 - rate)
     delta -= d_row_sum * row_sum * share
     return {
-        "d_context": call.rows(d_context),
-        "row_max": call.row(row_max, jnp.inf),
-        "delta": call.row(delta),
+        "d_context": made.rows(d_context),
+        "row_max": made.row(row_max, jnp.inf),
+        "delta": made.row(delta),
     }
 
 
-def _of_biases(
-    call: Prepared, operands: dict[str, Array], signature: Signature, known: list[Array]
-) -> Gradients:
-    plan, arrays = with_spans(call, key_spans(call.tiles), **operands)
-    blocks, gradients = signature.blocks(known), {}
+def _of_biases(made: Prepared, operands: dict[str, Array], call: Call) -> Gradients:
+    plan, arrays = with_spans(made, key_spans(made.tiles), **operands)
+    blocks, gradients = call.signature.blocks(call.known), {}
     if blocks.bias_bnts is not None:
         sums = joins_examples(bias_sums, summed=("bias",))(plan, arrays)
-        gradients["bias"] = call.back_scores(sums, blocks.bias_bnts.shape)
+        gradients["bias"] = made.back_scores(sums, blocks.bias_bnts.shape)
     if blocks.distance_bias is not None:
         bias = blocks.distance_bias
         of_values = lambda x: skewed(  # noqa: E731
-            call.plan, dataclasses.replace(bias, values=x), call.first
+            made.plan, dataclasses.replace(bias, values=x), made.first
         )
         sums = joins_examples(distance_sums, summed=("distances",))(plan, arrays)
         (gradients["distances"],) = jax.vjp(of_values, bias.values)[1](sums)
