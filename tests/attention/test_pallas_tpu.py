@@ -147,9 +147,19 @@ def test_lengths_in_bfloat16(T):
     assert_beside(arrays_of(T, S, dtype="bfloat16"), **call_of_lengths(T, S))
 
 
-def test_bfloat16():
-    call = dict(is_causal=True, soft_cap=3.0, distance_bias=distances(7, 4, 90, -60), **SMALL)
-    assert_beside(arrays_of(dtype="bfloat16"), **call)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(soft_cap=3.0),
+        {},  # 11^-0.5 stays out of the maximum
+        pytest.param(dict(scale=-0.7), marks=pytest.mark.slow),
+        pytest.param(dict(scale=0.0), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_bfloat16(options):
+    call = dict(is_causal=True, distance_bias=distances(7, 4, 90, -60), **SMALL)
+    assert_beside(arrays_of(H=11, dtype="bfloat16"), **call, **options)
 
 
 def kept(key, start=None, shape=(2, 4, 150, 140), blocks=(128, 128), **call):
