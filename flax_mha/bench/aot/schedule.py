@@ -25,7 +25,7 @@ _USE = re.compile(r"^\d+-(?P<kernel>.*)-\d+-final_hlo-static-per-bundle-utilizat
 _BUNDLES = re.compile(r"^\d+-(?P<kernel>.*)-\d+-final_bundles\.txt$")
 _TARGET = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:LH|LB|LE|PB|PF|CT):")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
-_PRODUCT = re.compile(r"= vmatmul\.(?:mubr\.)?([a-z]+\d+)")
+_PRODUCT = re.compile(r"= vmatmul\.(?:[a-z]+\.)*?([a-z]+\d+)")  # of a masked operand vmatmul.msk
 # Rows that one instruction multiplies: a register has 8 sublanes of 32 bits.
 _ROWS = {"f32": 8, "bf16": 16}
 
