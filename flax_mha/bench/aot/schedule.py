@@ -25,9 +25,11 @@ _USE = re.compile(r"^\d+-(?P<kernel>.*)-\d+-final_hlo-static-per-bundle-utilizat
 _BUNDLES = re.compile(r"^\d+-(?P<kernel>.*)-\d+-final_bundles\.txt$")
 _TARGET = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:LH|LB|LE|PB|PF|CT):")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
-_PRODUCT = re.compile(r"= vmatmul\.(?:[a-z]+\.)*?([a-z]+\d+)")  # of a masked operand vmatmul.msk
-# Rows that one instruction multiplies: a register has 8 sublanes of 32 bits.
+_PRODUCT = re.compile(r"= vmatmul\.((?:[a-z]+\.)*?)([a-z]+\d+)")
+# Rows that one instruction multiplies: a register has 8 sublanes of 32 bits. `vmatmul.lmr`, which
+# v5e turns an operand by, takes half of them: so the five products of a gradient come out whole.
 _ROWS = {"f32": 8, "bf16": 16}
+_HALF = "lmr."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,5 +102,7 @@ def _rows(lines: Iterable[str], length: int) -> list[int]:
     for line in lines:
         if match := _BUNDLE.match(line):
             products = _PRODUCT.findall(line)
-            rows[int(match[1], 16)] += sum(_ROWS.get(dtype, 0) for dtype in products)
+            rows[int(match[1], 16)] += sum(
+                _ROWS.get(dtype, 0) // (2 if _HALF in kinds else 1) for kinds, dtype in products
+            )
     return rows

@@ -56,6 +56,7 @@ def test_all_kernels_of_a_folder_are_read_and_nothing_else(tmp_path):
         ),
         ("  0x1   : > { %1798 = vmatmul.mubr.bf16.vlgmr.msra.gmra.mxu0 %v2035_v12 }", 16),
         ("  0x1   : > { %1798 = vmatmul.msk.bf16.vlgmr.msra.gmra.mxu0 %vm12, %v35_v12 }", 16),
+        ("  0x1   : > { %1798 = vmatmul.lmr.bf16.gmra.16.mxu3 %v2035_v12 }", 8),
         ("  0x1   : > { %5 = vmatmul.f32.vlgmr.msrb.gmra.mxu3 %v1 }", 8),
         ("  0x1   : > { %5 = vmatpush.bf16.xpose.msra.mxu3 %v1 }", 0),
         ("vmatmul.bf16.gmra.mxu0", 0),
