@@ -86,6 +86,8 @@ def pytest_collection_modifyitems(items):
         for i, item in enumerate(cases if len(cases) >= 2 else []):
             if i % THINNED[file]:
                 item.add_marker(pytest.mark.slow)
+    # The longest first: at the end one process would run them and the others would wait.
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 @pytest.fixture
