@@ -21,6 +21,7 @@ from flax_mha.attention import DistanceBias, cudnn
 B, T, S, N, K, H = 2, 6, 10, 4, 2, 8
 SIZES = (B, T, S, N, K, H, H)
 HAS_BIAS = jax.__version_info__ >= cudnn.BIASES
+# There a bias is refused: test_a_bias_needs_a_jax_that_has_every_gradient_of_it asserts it.
 needs_bias = pytest.mark.skipif(not HAS_BIAS, reason="jax before 0.8.1 loses a bias's gradients")
 
 
@@ -431,8 +432,6 @@ def test_under_vmap_each_example_has_its_own_gradient_of_a_shared_bias(a_gpu):
 
 
 def test_under_shard_map_of_batch_and_heads(a_gpu):
-    if jax.__version_info__ < (0, 10):
-        pytest.skip("jax's own cuDNN call has no gradient under shard_map before 0.10")
     mesh = jax.make_mesh((2, 2), ("b", "n"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = P("b", None, "n")
     sharded = jax.shard_map(
