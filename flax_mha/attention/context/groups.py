@@ -22,8 +22,8 @@ from flax_mha.core.varying import full
 
 # Float32 numbers of the keys of a group: 8 MiB.
 GROUP = 1 << 21
-# The axis of the heads, of each array that has a gradient.
-HEADS = Moving(query=2, key=2, value=2, bias=None, distances=0)
+# The axis of the heads: of query, key, value, bias (which has one group alone) and distances.
+HEADS: Any = (2, 2, 2, None, 0)
 
 
 def groups_of(inputs: Inputs) -> int:
@@ -53,8 +53,9 @@ def by_groups(
     def one(found: Moving, g: Array) -> tuple[Moving, None]:
         parts = (_rows_of(x, g, groups) for x in (softmax, cotangents))
         d = gradient(_inputs_of(inputs, g, groups), *parts)
-        every = zip(found, d, HEADS)
-        return Moving(*(None if x is None else _put(x, part, g, a) for x, part, a in every)), None
+        pairs: Any = zip(found, d, HEADS)
+        put: Any = [x if x is None else _put(x, part, g, axis) for x, part, axis in pairs]
+        return Moving(*put), None
 
     zeros = jax.tree.map(lambda x: full(x, x.shape, 0), moving_of(inputs))
     found, _ = jax.lax.scan(one, zeros, jnp.arange(groups, dtype="int32"))
@@ -67,7 +68,7 @@ def _inputs_of(inputs: Inputs, g: Array, groups: int) -> Inputs:
         bias = dataclasses.replace(bias, values=_part(bias.values, g, groups, 0))
     if inputs.dropout_word_2 is not None:
         first = (g * (N // groups)).astype("uint32")
-        here_4 = jnp.stack([first * i for i in jnp.array([0, 1, 0, 0], "uint32")])
+        here_4 = first * jnp.array([0, 1, 0, 0], "uint32")
         start_4 = here_4 if start_4 is None else start_4 + here_4
     of = lambda x: _part(x, g, groups, 2)  # noqa: E731
     return dataclasses.replace(
