@@ -20,8 +20,8 @@ from flax_mha.core.sizes import is_known
 from flax_mha.core.typing import Array
 from flax_mha.core.varying import full
 
-# Float32 numbers of the keys of a group: 8 MiB.
-GROUP = 1 << 21
+# Float32 numbers of the keys of a group: 4 MiB.
+GROUP = 1 << 20
 # The axis of the heads: of query, key, value, bias (which has one group alone) and distances.
 HEADS: Any = (2, 2, 2, None, 0)
 

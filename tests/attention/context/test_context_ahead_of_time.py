@@ -7,6 +7,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -16,6 +17,7 @@ pytest.importorskip("libtpu", reason="libtpu: not installed: pip install 'jax[tp
 from ahead_of_time import beyond_arguments, compile, devices_of, steps_of
 
 from flax_mha import ContextAxis, dot_product_attention
+from flax_mha.linen import MultiHeadAttention
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +55,27 @@ def one_chip():
     return compile(gradient(), (x, x, x))
 
 
+def layer_step(topology=None):
+    """The linen module's gradient by parameters and tokens, on four chips or on one."""
+    D, axis = N * H, ContextAxis("context", "ring", "zigzag")
+    layer = MultiHeadAttention(N, H, dtype="bfloat16", context_axis=axis if topology else None)
+    plain, x = MultiHeadAttention(N, H, dtype="bfloat16"), jnp.zeros((1, 16, D), "bfloat16")
+    params = jax.eval_shape(lambda: plain.init(jax.random.key(0), x, x))
+    tokens = jax.ShapeDtypeStruct((1, LONG, D), "bfloat16")
+
+    def loss(params, x):
+        return layer.apply(params, x, x, use_causal_mask=True).astype("float32").sum()
+
+    step = jax.grad(loss, (0, 1))
+    if topology is None:
+        return compile(step, (params, tokens))
+    mesh = Mesh(np.array(devices_of(topology)), ("context",), axis_types=(AUTO,))
+    on = lambda x, *axes: x.update(sharding=NamedSharding(mesh, P(*axes)))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(on, params), on(tokens, None, "context")
+        return jax.jit(step).lower(*placed).compile()
+
+
 def peak(program):
     return program.memory_analysis().peak_memory_in_bytes
 
@@ -82,8 +105,20 @@ def test_each_of_four_chips_needs_a_third_of_one_s_memory(kind, layout):
         assert of(four) <= of(one) / 3
 
 
+def test_a_training_step_of_the_layer_needs_a_third_beside_its_parameters():
+    """Those, and their gradient, are whole on every chip."""
+    four, one = layer_step(FOUR), layer_step()
+    assert kernels(four) == kernels(one) == ["forward", "backward"]
+    print(f"peak: {peak(four) >> 20} MiB a chip of four, {peak(one) >> 20} MiB of one")
+    print(f"beyond: {beyond_arguments(four) >> 20} and {beyond_arguments(one) >> 20} MiB")
+    assert beyond_arguments(four) <= beyond_arguments(one) / 3
+    parameters = 4 * (N * H) ** 2 * 4
+    assert peak(four) - 2 * parameters <= (peak(one) - 2 * parameters) / 3
+
+
 def test_memory_of_sixteen_chips_is_linear():
-    few, many = (ring(T, SIXTEEN, (1, 1, 16), AUTO, "contiguous") for T in (65536, 131072))
+    """Of the chip's own 128 MiB beside: they hold a greater part of what is shorter."""
+    few, many = (ring(T, SIXTEEN, (1, 1, 16), AUTO, "zigzag") for T in (65536, 131072))
     for name, of in (("peak", peak), ("beyond the arguments", beyond_arguments)):
         print(f"{name}: {of(few) >> 20} MiB at 65,536, {of(many) >> 20} MiB at 131,072")
         assert of(many) <= 2.1 * of(few)
