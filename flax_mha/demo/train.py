@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from flax_mha import constrain
 from flax_mha.core.typing import Array
-from flax_mha.demo.settings import DemoError, TrainSettings
+from flax_mha.demo.mesh import cut_batch, layout, make_mesh, on_mesh, place
+from flax_mha.demo.settings import DemoError, MeshSettings, TrainSettings
 from flax_mha.demo.tasks.contract import Batch, Task
 
 
@@ -39,13 +41,22 @@ def initial_state(task: Task) -> State:
     return State(params, make_optimizer(task).init(params), losses)
 
 
-def fit(task: Task, state: State, done: int = 0) -> Iterator[tuple[int, State]]:
-    """Goes on after `done` steps; yields the number and the state of every step."""
-    step_function = functools.partial(_step, task, make_optimizer(task))
-    compiled = jax.jit(step_function, donate_argnums=0)
+def fit(
+    task: Task, state: State, done: int = 0, mesh: Mesh | None = None
+) -> Iterator[tuple[int, State]]:
+    """Goes on after `done` steps; yields the number and the state of every step.
+
+    The state lies on the mesh, by default that of one device, as `mesh.layout` says.
+    """
+    mesh = make_mesh(MeshSettings()) if mesh is None else mesh
+    shardings = layout(mesh, task, state)
+    step_function = functools.partial(_step, on_mesh(task), make_optimizer(task))
+    compiled = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
+    state = place(state, shardings)
     steps = range(done + 1, task.settings.train.steps + 1)
     for step, batch in zip(steps, task.batches(done)):
-        state = compiled(state, batch, np.int32(step))
+        with jax.set_mesh(mesh):
+            state = compiled(state, cut_batch(mesh, batch), np.int32(step))
         yield step, state
 
 
