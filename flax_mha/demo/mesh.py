@@ -71,7 +71,7 @@ def layout(mesh: Mesh, task: Task, state: Any) -> Any:
 
     They are known by the names of their dicts: `("block_0", "attention", "query", "kernel")`.
     """
-    specs = param_specs(task.settings.attention, {"heads": HEADS}, mesh=mesh)
+    specs: Any = param_specs(task.settings.attention, {"heads": HEADS}, mesh=mesh)
     found = {
         (*path, name, leaf): spec
         for path in task.attention_paths

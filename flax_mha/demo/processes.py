@@ -34,24 +34,27 @@ class Place(NamedTuple):
 
     coordinator: str
     number: int
-    count: int
+    total: int
 
     @property
     def name(self) -> str:
         """As "process 1 of 4"; the first is 0."""
-        return f"process {self.number} of {self.count}"
+        return f"process {self.number} of {self.total}"
 
     @property
     def options(self) -> str:
         """What to type."""
-        return f"--coordinator {self.coordinator} --process {self.number}/{self.count}"
+        return f"--coordinator {self.coordinator} --process {self.number}/{self.total}"
 
 
 def supervise(
-    work: Callable[[Any], int], options: Any, place: Place, how_to_go_on: Callable[[], str]
+    work: Callable[..., int],
+    arguments: tuple[Any, ...],
+    place: Place,
+    how_to_go_on: Callable[[], str],
 ) -> int:
-    """Runs `work(options)` in a child; returns its exit code, or LOST and says what happened."""
-    child = multiprocessing.get_context("spawn").Process(target=_child, args=(work, options))
+    """Runs `work(*arguments)` in a child; returns its exit code, or LOST and says what happened."""
+    child = multiprocessing.get_context("spawn").Process(target=_child, args=(work, *arguments))
     child.start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os.kill(child.pid, number))  # type: ignore[arg-type]
@@ -68,7 +71,7 @@ def join(place: Place | None) -> None:
     if place is not None:
         jax.distributed.initialize(
             place.coordinator,
-            place.count,
+            place.total,
             place.number,
             cluster_detection_method="deactivate",
             initialization_timeout=_PATIENCE_SECONDS,
@@ -91,14 +94,14 @@ def agree(place: Place | None, mine: Mapping[str, Any]) -> None:
     from jax._src import distributed
 
     store: Any = distributed.global_state.client
-    mine = {_COUNT: place.count, **mine}
+    mine = {_COUNT: place.total, **mine}
     store.key_value_set(f"demo/{place.number}", json.dumps(mine))
     found: list[str] = []
-    for other in range(place.count):
+    for other in range(place.total):
         text = store.blocking_key_value_get(f"demo/{other}", _PATIENCE_SECONDS * 1000)
         theirs = json.loads(text)
         found += differences(mine, theirs, place.number, other)
-        if theirs[_COUNT] != place.count:
+        if theirs[_COUNT] != place.total:
             break  # who believes that there are more must not wait for them
     store.wait_at_barrier("demo/agreed", _PATIENCE_SECONDS * 1000)
     if found:
@@ -141,12 +144,12 @@ def part() -> None:
     jax.distributed.shutdown()
 
 
-def _child(work: Callable[[Any], int], options: Any) -> None:
+def _child(work: Callable[..., int], *arguments: Any) -> None:
     """An orderly end is that of all; any other must not wait for them."""
     os.setpgid(0, 0)  # Ctrl-C reaches the parent, which hands it on: once
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     atexit.register(os._exit, 1)  # behind the traceback of an exception
-    code = work(options)
+    code = work(*arguments)
     if code != INTERRUPTED:
         part()
     sys.stdout.flush()

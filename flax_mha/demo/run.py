@@ -114,6 +114,20 @@ def how_to_resume(directory: RunDirectory, place: Place | None) -> str:
     return directory.resume_command + ("" if place is None else f" {place.options}")
 
 
+def after_a_loss(path: Path, place: Place) -> str:
+    """What a process says when another one, or its own work, was lost."""
+    directory = RunDirectory(path)
+    if directory.last_step is None:
+        return "Nothing was saved yet: start all processes again, by the same commands"
+    command = how_to_resume(directory, place)
+    elsewhere = f"{directory.resume_command} --set mesh.data=N"
+    step = f"from step {directory.last_step} on"
+    return (
+        f"Start all processes again, {step}, each with its number: {command}\n"
+        f"or go on on other devices: {elsewhere}"
+    )
+
+
 def inspect(path: Path, text: str | None, *, pictures: bool = True) -> None:
     """Writes what the attention of a run looks at, and says where."""
     if pictures:
