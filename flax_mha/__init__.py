@@ -7,8 +7,12 @@ submodule is imported by name), or with `MultiHeadAttentionConfig`, `init_params
 """
 
 from flax_mha.attention import IMPLEMENTATIONS as IMPLEMENTATIONS
+from flax_mha.attention import ContextAxis as ContextAxis
+from flax_mha.attention import context_parallel_attention as context_parallel_attention
 from flax_mha.attention import dot_product_attention as dot_product_attention
 from flax_mha.attention import explain as explain
+from flax_mha.attention import zigzag_inverse as zigzag_inverse
+from flax_mha.attention import zigzag_order as zigzag_order
 from flax_mha.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig
 from flax_mha.decoding import init_cache as init_cache
 from flax_mha.decoding import init_cross_cache as init_cross_cache

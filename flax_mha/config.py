@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_mha.attention import IMPLEMENTATIONS
+from flax_mha.attention import IMPLEMENTATIONS, ContextAxis
+from flax_mha.attention.context.axis import context_axis_of
 from flax_mha.core import checks
 from flax_mha.core.typing import HeadDims
 from flax_mha.keras.identifiers import Kind, resolve, serialize
@@ -62,6 +63,9 @@ class MultiHeadAttentionConfig:
         param_dtype: the dtype of the parameters.
         precision: of every product: None, a name such as "highest", or a `jax.lax.Precision`.
         implementation: one of `flax_mha.IMPLEMENTATIONS`; None chooses. See `flax_mha.explain`.
+        context_axis: the mesh axis along which the sequence is cut: its name, or a
+            `flax_mha.ContextAxis` that says how its parts meet; None = no axis. The mesh is that of
+            `jax.set_mesh`, of the arrays, or of a `jax.shard_map` around the call.
 
     Raises:
         ValueError: a value out of range or an unknown name.
@@ -115,6 +119,7 @@ class MultiHeadAttentionConfig:
     param_dtype: Any = "float32"
     precision: Any = None
     implementation: str | None = None
+    context_axis: Any = None
 
     def __post_init__(self) -> None:
         for name, check in _FIELD_CHECKS.items():
@@ -279,6 +284,7 @@ _FIELD_CHECKS: dict[str, Any] = {
     "param_dtype": checks.floating_dtype,
     "precision": _optional(_precision),
     "implementation": _optional(_implementation),
+    "context_axis": _optional(lambda name, value: context_axis_of(value)),
 }
 
 
@@ -287,6 +293,8 @@ def _plain(name: str, value: Any) -> Any:
         return serialize(value)
     if name == "position":
         return serialize_position(value)
+    if isinstance(value, ContextAxis):
+        return dataclasses.asdict(value)
     if isinstance(value, jax.lax.Precision):
         return value.name.lower()
     return list(value) if isinstance(value, tuple) else value

@@ -70,6 +70,7 @@ class MultiHeadAttention(nn.Module):
     param_dtype: Any = "float32"
     precision: Any = None
     implementation: str | None = None
+    context_axis: Any = None
     sow_attention_scores: bool = False
     partition_rules: Any = None
 

@@ -72,6 +72,11 @@ def attention_scores(
         rule = "`attention_scores` are the weights before dropout: it takes no `dropout_start`."
         checks.fail(TypeError, rule, "dropout_start")
     checked = checked_restrictions(config, Restrictions(**restrictions))
+    if config.context_axis is not None:
+        rule = "`attention_scores` are of whole sequences, in their order."
+        remedy = "Call with `config.replace(context_axis=None)`, after `zigzag_inverse` if need be."
+        evidence = f"context_axis={config.context_axis}"
+        checks.fail(NotImplementedError, rule, evidence, remedy)
     causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)
     checks.rows_within("query_rows", rows, _length(query, config))

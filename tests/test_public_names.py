@@ -14,10 +14,11 @@ from flax_mha import __main__ as overview
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {
     "flax_mha": """
-        Activations CrossCache KVCache Mask MultiHeadAttention MultiHeadAttentionConfig
-        activity_loss apply_constraints attention_scores constrain dot_product_attention explain
-        forward init_cache init_cross_cache init_params multi_head_attention param_axes
-        param_shapes param_specs regularization_loss
+        Activations ContextAxis CrossCache KVCache Mask MultiHeadAttention
+        MultiHeadAttentionConfig activity_loss apply_constraints attention_scores constrain
+        context_parallel_attention dot_product_attention explain forward init_cache
+        init_cross_cache init_params multi_head_attention param_axes param_shapes param_specs
+        regularization_loss zigzag_inverse zigzag_order
     """,
     "flax_mha.attention": "DistanceBias Residuals merge",
     "flax_mha.interop.equinox": "from_equinox to_equinox",

@@ -10,10 +10,14 @@ from flax_mha.attention.pallas_tpu.engine import Kernels
 from flax_mha.core.platform import Place
 
 
+def engine(inputs: Inputs, options: Options) -> Engine:
+    serves = pallas_tpu.unsupported(inputs, options, "tpu") is None
+    return _ByPlatform((("tpu", Kernels()),) if serves else ())
+
+
 def attend(inputs: Inputs, options: Options) -> Output:
     """The call by the engine of the platform that it is lowered for."""
-    serves = pallas_tpu.unsupported(inputs, options, "tpu") is None
-    return attend_by(_ByPlatform((("tpu", Kernels()),) if serves else ()), inputs, options)
+    return attend_by(engine(inputs, options), inputs, options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,12 @@ def canonical(
     block_sizes: tuple[int, int] | None,
     return_weights: bool,
     return_residuals: bool,
+    devices: int = 1,
 ) -> tuple[Inputs, Options]:
     """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included.
 
-    The arguments and their defaults are those of `dot_product_attention`.
+    The arguments and their defaults are those of `dot_product_attention`. Where so many devices
+    share the keys, biases and dense masks have the columns of all of them.
     """
     checks.attention_arrays(query, key, value)
     if dropout_key is not None:
@@ -50,12 +52,12 @@ def canonical(
     word_2 = words_of(dropout_key) if rate > 0 and dropout_key is not None else None
     drops = word_2 is not None
     batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
-    groups = (batch, (N,), (T,), (S,))
+    groups = (batch, (N,), (T,), (S * devices,))
     inputs = Inputs(
         query_BTNH=_flat(query),
         key_BSKH=_flat(key),
         value_BSKV=_flat(value),
-        mask=_mask(mask, is_causal, local_window_size, groups),
+        mask=_mask(mask, is_causal, local_window_size, groups, S),
         bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
         distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
         sinks_N=None if sinks is None else _sinks(sinks, N),
@@ -79,7 +81,7 @@ def _flat(x: Array) -> Array:
     return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
-def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) -> Mask:
+def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...], S: int) -> Mask:
     """All that restricts attention, as one structured mask."""
     if mask is None:
         mask = Mask()
@@ -91,8 +93,10 @@ def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) ->
     if window is not None:
         sides = (window, window) if hasattr(window, "__index__") else window
         mask &= dataclasses.replace(Mask.window(*sides), query_offset=mask.query_offset)
-    batch, *sizes = groups
-    mask.check(math.prod(batch), *(size for (size,) in sizes))
+    batch, (N,), (T,), (columns,) = groups
+    B = math.prod(batch)
+    dataclasses.replace(mask, dense_masks=()).check(B, N, T, S)
+    Mask(dense_masks=mask.dense_masks).check(B, N, T, columns)
     return mask
 
 

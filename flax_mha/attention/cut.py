@@ -1,8 +1,9 @@
-"""One attention call cut over the devices of a mesh, each with examples and heads of its own.
+"""One attention call cut over the devices of a mesh: by examples, by heads, along the sequence.
 
 XLA cannot cut a kernel by itself. Where the arrays' types say how they are sharded, that is on a
 mesh with explicit axes, the call runs in a `jax.shard_map`: every device is then one device, for
-which kernels and blocks are chosen as for any other. A length is whole on each of them.
+which kernels and blocks are chosen as for any other. A length is whole on each of them, but along a
+context axis, which is told: there the parts of the sequence meet by a strategy of `context`.
 """
 
 import dataclasses
@@ -15,8 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from flax_mha.attention.context.axis import ContextAxis, size_of_bound
+from flax_mha.attention.context.fill import filled, trimmed
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.distance import DistanceBias
+from flax_mha.core import checks
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
@@ -24,28 +28,53 @@ Names = tuple[str, ...]
 
 
 class Cut(NamedTuple):
-    """The axes of a mesh: those that cut the examples, those that cut the heads, and all."""
+    """The axes of a mesh: those that cut examples, heads and lengths, and all that are manual."""
 
     examples: Names
     heads: Names
     every: Names
+    context: ContextAxis | None = None
+    devices: int = 1  # along the context axis
+
+    @property
+    def lengths(self) -> Any:
+        return None if self.context is None else self.context.name
 
 
-def cut_of(mesh: Any, batch: Any, heads: Any, B: Any, K: int) -> Cut | None:
+def cut_along(mesh: Any, axis: ContextAxis, cut: Cut | None) -> Cut | None:
+    """The cut along a context axis; by examples and heads too, as `cut` says.
+
+    Of the mesh of the arrays' types, or else that of the context, whose other axes are left as they
+    are, for XLA to cut by. None where the caller's `jax.shard_map` has made the cut.
+    """
+    if size_of_bound(axis.name) is not None:
+        return None
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if axis.name not in mesh.axis_names:
+        rule = f"`context_axis={axis.name!r}` must be an axis of the mesh."
+        evidence = f"a mesh of {mesh.axis_names}" if mesh.axis_names else "no mesh"
+        remedy = "Call it under `with jax.set_mesh(mesh):`, or inside a `jax.shard_map` over it."
+        checks.fail(ValueError, rule, evidence, remedy)
+    cut = Cut((), (), (axis.name,)) if cut is None else cut
+    return cut._replace(context=axis, devices=mesh.shape[axis.name])
+
+
+def cut_of(mesh: Any, batch: Any, heads: Any, B: Any, K: int, lengths: Names = ()) -> Cut | None:
     """The cut of B examples and K key/value heads over the axes that their arrays name.
 
     None where there is nothing to cut: no mesh of explicit axes alone, sizes that the devices do
     not divide, or devices to spare, which do the same as others: so it is under a `jax.vmap` over a
-    sharded axis, which takes that axis out of the mesh.
+    sharded axis, which takes that axis out of the mesh. `lengths` are cut by otherwise.
     """
     if mesh is None or not all(kind == AxisType.Explicit for kind in mesh.axis_types):
         return None
     outer, *inner = batch or (None,)
+    outer = tuple(name for name in _names(outer) if name not in lengths)
     examples = () if any(_names(axes) for axes in inner) else _dividing(mesh, outer, B)
     # An axis that cuts the examples cannot cut the heads as well.
-    free = tuple(name for name in _names(heads) if name not in examples)
+    free = tuple(name for name in _names(heads) if name not in (*examples, *lengths))
     cut = Cut(examples, _dividing(mesh, free, K), tuple(mesh.axis_names))
-    used = (*cut.examples, *cut.heads)
+    used = (*cut.examples, *cut.heads, *lengths)
     spare = math.prod(size for name, size in mesh.shape.items() if name not in used)
     return cut if used and spare == 1 else None
 
@@ -56,6 +85,9 @@ def run_cut(
     """`run(inputs, options)`, on every device its part."""
     if cut is None:
         return run(inputs, options)
+    T, S = inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1]
+    if cut.context is not None:
+        inputs = filled(inputs, cut.context, cut.devices)
     starts_at_zero = inputs.dropout_start_4 is None
     options = dataclasses.replace(options, draws_aligned=options.draws_aligned or starts_at_zero)
 
@@ -68,8 +100,7 @@ def run_cut(
     mapped = jax.shard_map(
         part, in_specs=(specs,), out_specs=_output_specs(cut, options), axis_names=set(cut.every)
     )
-    output: Output = mapped(inputs)
-    return output
+    return trimmed(mapped(inputs), T, S)
 
 
 def _names(axes: Any) -> Names:
@@ -96,10 +127,10 @@ def _with_start(cut: Cut, inputs: Inputs) -> Inputs:
 
 def _input_specs(cut: Cut, inputs: Inputs) -> Inputs:
     """The axes of every array of a call; what all examples or heads share is whole."""
-    b, n = cut.examples or None, cut.heads or None
+    b, c, n = cut.examples or None, cut.lengths, cut.heads or None
     whole: Any = P()
     heads: Any = P(n)
-    rows: Any = P(b, None, n)
+    rows: Any = P(b, c, n)
 
     def of(x: Array | None, *axes: Any) -> Any:
         if x is None:
@@ -114,12 +145,12 @@ def _input_specs(cut: Cut, inputs: Inputs) -> Inputs:
         mask=Mask(
             band=mask.band,
             query_offset=of(mask.query_offset, b),
-            query_padding=of(mask.query_padding, b, None),
-            key_padding=of(mask.key_padding, b, None),
-            segment_ids=tuple((of(q, b, None), of(k, b, None)) for q, k in mask.segment_ids),
-            dense_masks=tuple(of(x, b, n, None, None) for x in mask.dense_masks),
+            query_padding=of(mask.query_padding, b, c),
+            key_padding=of(mask.key_padding, b, c),
+            segment_ids=tuple((of(q, b, c), of(k, b, c)) for q, k in mask.segment_ids),
+            dense_masks=tuple(of(x, b, n, c, None) for x in mask.dense_masks),
         ),
-        bias_bnts=of(inputs.bias_bnts, b, n, None, None),
+        bias_bnts=of(inputs.bias_bnts, b, n, c, None),
         distance_bias=None
         if bias is None
         else DistanceBias(heads, of(bias.query_offset, b), bias.first),
@@ -130,8 +161,8 @@ def _input_specs(cut: Cut, inputs: Inputs) -> Inputs:
 
 
 def _output_specs(cut: Cut, options: Options) -> Any:
-    b, n = cut.examples or None, cut.heads or None
-    rows: Any = P(b, n)
-    context: Any = P(b, None, n)
+    b, c, n = cut.examples or None, cut.lengths, cut.heads or None
+    rows: Any = P(b, n, c)
+    context: Any = P(b, c, n)
     residuals = Residuals(rows, rows) if options.return_residuals else None
     return Output(context, rows if options.return_weights else None, residuals)

@@ -1,22 +1,22 @@
-"""Chooses an implementation openly and runs it: `dot_product_attention` and `explain`."""
+"""Chooses an implementation openly and runs it: `dot_product_attention`."""
 
 import functools
 import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from flax_mha.attention.canonical import canonical
-from flax_mha.attention.choice import RULE, preferred
+from flax_mha.attention.context.axis import ContextAxis, Devices, context_axis_of
+from flax_mha.attention.context.strategies import run_context
 from flax_mha.attention.contract import Options, Output, Residuals
-from flax_mha.attention.cut import Cut, cut_of, run_cut
+from flax_mha.attention.cut import Cut, cut_along, cut_of, run_cut
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of
-from flax_mha.attention.implementations import IMPLEMENTATIONS, chosen, known, reason, run
+from flax_mha.attention.implementations import chosen, run
 from flax_mha.core import checks
 from flax_mha.core.meshes import axes_of, explicit_mesh, spec, with_auto_axes
-from flax_mha.core.platform import PLATFORMS
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
 
@@ -49,6 +49,7 @@ def dot_product_attention(
     block_sizes: tuple[int, int] | None = None,
     return_weights: bool = False,
     return_residuals: bool = False,
+    context_axis: str | ContextAxis | None = None,
 ) -> Any:
     """Attention of arrays: softmax(scale query . key + bias) . value over the allowed keys.
 
@@ -79,6 +80,10 @@ def dot_product_attention(
             None = by length. With dropout a multiple of 32 queries draws the least.
         return_weights: also return the weights `[..., N, T, S]`, before dropout.
         return_residuals: also return `Residuals(row_max, row_sum)`, float32 `[..., N, T]`.
+        context_axis: the mesh axis that cuts T and S, a name or a `ContextAxis`: each device has
+            its part of the sequence, and they meet by a strategy. The mesh is that of
+            `jax.set_mesh` or of the arrays; inside a `jax.shard_map` over the axis the arrays are a
+            device's own, as in `context_parallel_attention`.
 
     Returns:
         The context `[..., T, N, V]`; with weights and/or residuals, a tuple in this order.
@@ -120,9 +125,9 @@ def dot_product_attention(
     )
 
     wanted = (return_weights, return_residuals)
-    attend = functools.partial(
-        _attend, static=static, implementation=implementation, cut=_cut(query, key, value)
-    )
+    axis = None if context_axis is None else context_axis_of(context_axis)
+    how = how_cut(query, key, value, implementation, axis)
+    attend = functools.partial(_attend, static=static, how=how)
     return with_auto_axes(attend, lambda: _placed(query, key, value, *wanted), data)
 
 
@@ -135,36 +140,57 @@ def attention_cut(cut: Cut | None, query: Array, key: Array, value: Array, **cal
         >>> attention_cut(None, x, x, x, is_causal=True).shape
         (2, 5, 3, 8)
     """
-    data, static, implementation = _bound(query, key, value, call)
-    return _attend(data, static, implementation, cut)
+    data, static, implementation, axis = bound(query, key, value, call)
+    return _attend(data, static, How(implementation, cut, axis))
 
 
-def _attend(data: Any, static: Any, implementation: str | None, cut: Cut | None) -> Any:
-    inputs, options = canonical(**data, **static)
-    one = functools.partial(run, chosen(implementation, inputs, options))
-    return _restore(run_cut(cut, one, inputs, options), data["query"].shape[:-3], options)
+class How(NamedTuple):
+    """The name of an implementation, the cut that is opened here, and the context axis if any."""
+
+    implementation: str | None
+    cut: Cut | None
+    axis: ContextAxis | None
+
+    @property
+    def devices(self) -> int:
+        """How many share the keys of which the arrays are a part: those of the caller's own cut."""
+        return 1 if self.axis is None or self.cut is not None else Devices.on(self.axis).n
 
 
-def _bound(query: Any, key: Any, value: Any, call: Any) -> tuple[Any, Any, str | None]:
-    """The arguments of a call, with their defaults: data, static ones, and the name."""
+def _attend(data: Any, static: Any, how: How) -> Any:
+    axis = how.axis
+    inputs, options = canonical(**data, **static, devices=how.devices)
+    if axis is None:
+        one = functools.partial(run, chosen(how.implementation, inputs, options))
+    else:
+        one = functools.partial(run_context, axis, how.implementation)
+    output = run_cut(how.cut, one, inputs, options)
+    return _restore(output, data["query"].shape[:-3], options)
+
+
+def bound(query: Any, key: Any, value: Any, call: Any) -> tuple[Any, Any, str | None, Any]:
+    """The arguments of a call, with their defaults: data, static ones, name and context axis."""
     bound = inspect.signature(dot_product_attention).bind(query, key, value, **call)
     bound.apply_defaults()
     given = bound.arguments
     given["mask"] = _before_tracing(given["mask"])
     given["dropout_start"] = start_of(given["dropout_start"])
-    implementation = given.pop("implementation")
+    implementation, axis = given.pop("implementation"), given.pop("context_axis")
     static = {name: x for name, x in given.items() if name not in DATA}
-    return {name: given[name] for name in DATA}, static, implementation
+    axis = None if axis is None else context_axis_of(axis)
+    return {name: given[name] for name in DATA}, static, implementation, axis
 
 
-def _cut(query: Array, key: Array, value: Array) -> Cut | None:
-    """How the arrays' types say that examples and heads are cut."""
+def how_cut(query: Array, key: Array, value: Array, name: str | None, axis: Any) -> How:
+    """How the arrays' types, and the context axis, say that a call is cut."""
     mesh = explicit_mesh((query, key, value))
     if mesh is None:
-        return None
+        return How(name, None if axis is None else cut_along(None, axis, None), axis)
     checks.attention_arrays(query, key, value)
     *batch, _, heads, _ = axes_of(query)
-    return cut_of(mesh, batch, heads, math.prod(query.shape[:-3]), key.shape[-2])
+    lengths = () if axis is None else (axis.name,)
+    cut = cut_of(mesh, batch, heads, math.prod(query.shape[:-3]), key.shape[-2], lengths)
+    return How(name, cut if axis is None else cut_along(mesh, axis, cut), axis)
 
 
 def _placed(query: Array, key: Array, value: Array, weights: bool, residuals: bool) -> Any:
@@ -178,57 +204,6 @@ def _placed(query: Array, key: Array, value: Array, weights: bool, residuals: bo
         rows: list[Any] = [spec(*batch, N, T)] * 2
         specs.append(Residuals(*rows))
     return specs[0] if len(specs) == 1 else tuple(specs)
-
-
-def explain(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    platform: str | None = None,
-    implementation: str | None = None,
-    **call: Any,
-) -> dict[str, str]:
-    """Says for each implementation whether it can serve a call: "ok" or its reason.
-
-    Args:
-        query: as in `dot_product_attention`; a `jax.ShapeDtypeStruct` does, here and below.
-        key: as in `dot_product_attention`.
-        value: as in `dot_product_attention`.
-        platform: "cpu", "gpu" or "tpu", on which it would run; None = that of this process.
-        implementation: checked to be a name, and not used: a call's arguments pass as they are.
-        **call: any further argument of `dot_product_attention`.
-
-    Returns:
-        `{name: "ok" or the reason}` for every name in `IMPLEMENTATIONS`; to the "ok" of the one
-        that `implementation=None` chooses, the rule is added.
-
-    Raises:
-        As `dot_product_attention`, but no NotImplementedError: what that says is told instead.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, flax_mha
-        >>> x = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.float32)
-        >>> flax_mha.explain(x, x, x, return_weights=True, platform="tpu")["blockwise"]
-        'it never holds the weights [T, S] that return_weights asks for'
-    """
-    known(implementation)
-    where = jax.default_backend() if platform is None else platform
-    checks.one_of("platform", where, PLATFORMS)
-    data, static, _ = _bound(query, key, value, call)
-    reasons: dict[str, str] = {}
-
-    def trace(data: Any) -> None:
-        inputs, options = canonical(**data, **static)
-        for name in IMPLEMENTATIONS:
-            reasons[name] = reason(name, inputs, options, where) or "ok"
-        names = [name for name, text in reasons.items() if text == "ok"]
-        why = RULE if len(names) > 1 else "no other can"
-        reasons[preferred(names, inputs, where)] += f", and None chooses it: {why}"
-
-    automatic = lambda data: with_auto_axes(trace, spec, data)  # noqa: E731
-    jax.eval_shape(automatic, data)
-    return reasons
 
 
 def _before_tracing(mask: Any) -> Any:

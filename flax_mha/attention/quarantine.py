@@ -17,13 +17,12 @@ from flax_mha.masks import Mask
 
 def quarantine(inputs: Inputs) -> tuple[Inputs, Array | None]:
     """Safe inputs, and `[B, T]` booleans of the queries whose context must become NaN."""
-    inputs = _without_padding(inputs)
+    inputs = without_padding(inputs)
     if not inputs.mask.segment_ids:
         return inputs, None
-    query_ok_BT = _finite(inputs.query_BTNH)
-    key_ok_BS = _finite(inputs.key_BSKH) & _finite(inputs.value_BSKV)
-    broken_BT = ~query_ok_BT | _meets_broken_key(inputs.mask, key_ok_BS, query_ok_BT.shape[1])
-    return _select(inputs, query_ok_BT, key_ok_BS), broken_BT
+    query_ok_BT, key_ok_BS = finite_rows(inputs)
+    met_BT = meets_broken_key(inputs.mask, key_ok_BS, query_ok_BT.shape[1])
+    return without_positions(inputs, query_ok_BT, key_ok_BS), ~query_ok_BT | met_BT
 
 
 def poison(context_BTNV: Array, broken_BT: Array | None) -> Array:
@@ -33,11 +32,12 @@ def poison(context_BTNV: Array, broken_BT: Array | None) -> Array:
     return context_BTNV + nan_where(broken_BT, context_BTNV.dtype)[..., None, None]
 
 
-def _without_padding(inputs: Inputs) -> Inputs:
-    return _select(inputs, inputs.mask.query_padding, inputs.mask.key_padding)
+def without_padding(inputs: Inputs) -> Inputs:
+    return without_positions(inputs, inputs.mask.query_padding, inputs.mask.key_padding)
 
 
-def _select(inputs: Inputs, query_BT: Array | None, key_BS: Array | None) -> Inputs:
+def without_positions(inputs: Inputs, query_BT: Array | None, key_BS: Array | None) -> Inputs:
+    """Zeros for the queries and keys that do not stay."""
     return dataclasses.replace(
         inputs,
         query_BTNH=_rows(inputs.query_BTNH, query_BT),
@@ -46,16 +46,22 @@ def _select(inputs: Inputs, query_BT: Array | None, key_BS: Array | None) -> Inp
     )
 
 
+def finite_rows(inputs: Inputs) -> tuple[Array, Array]:
+    """Which queries, and which keys and values, hold neither NaN nor Inf."""
+    query_BTNH, key_BSKH, value_BSKV = inputs.query_BTNH, inputs.key_BSKH, inputs.value_BSKV
+    return _finite(query_BTNH), _finite(key_BSKH) & _finite(value_BSKV)
+
+
+def meets_broken_key(mask: Mask, key_ok_BS: Array, T: int) -> Array:
+    """Whether a query may attend to a broken key by structure; dense masks may be per head."""
+    structure = dataclasses.replace(mask, dense_masks=())
+    allowed_b1TS = structure.as_array(T, key_ok_BS.shape[1])
+    return (allowed_b1TS[:, 0] & ~key_ok_BS[:, None, :]).any(-1)
+
+
 def _rows(x: Array, stay: Array | None) -> Array:
     return x if stay is None else jnp.where(stay[..., None, None], x, 0)
 
 
 def _finite(x: Array) -> Array:
     return jnp.isfinite(x).all((-2, -1))
-
-
-def _meets_broken_key(mask: Mask, key_ok_BS: Array, T: int) -> Array:
-    """Whether a query may attend to a broken key by structure; dense masks may be per head."""
-    structure = dataclasses.replace(mask, dense_masks=())
-    allowed_b1TS = structure.as_array(T, key_ok_BS.shape[1])
-    return (allowed_b1TS[:, 0] & ~key_ok_BS[:, None, :]).any(-1)

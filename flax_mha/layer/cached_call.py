@@ -104,6 +104,12 @@ def check_cache(
     cache: KVCache | CrossCache, folding: Folding, config: MultiHeadAttentionConfig, dtype: DType
 ) -> None:
     """Refuses a cache that was made for other inputs, another config or another dtype."""
+    if config.context_axis is not None:
+        rule = "A cache holds all keys on each device, which a context axis would cut."
+        evidence = f"a cache, and context_axis={config.context_axis.name!r}"
+        checks.fail(
+            NotImplementedError, rule, evidence, "Call with `config.replace(context_axis=None)`."
+        )
     if folding.attended != (len(folding.batch),):
         rule = "A cache needs inputs [*batch, T, D] of which T alone is attended."
         evidence = f"attended axes {folding.attended}, batch axes {folding.batch}"

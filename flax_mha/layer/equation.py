@@ -137,6 +137,7 @@ def _equation(
         dropout_start=restrictions.dropout_start,
         precision=config.precision,
         implementation=config.implementation,
+        context_axis=config.context_axis if cache is None else None,
         return_weights=flags.return_attention_scores,
     )
     context_BTNV, weights_BNTS = attended if flags.return_attention_scores else (attended, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flax_mha.attention.cut import Cut, cut_of
+from flax_mha.attention.cut import Cut, cut_along, cut_of
 from flax_mha.core.folding import Folding
 from flax_mha.core.meshes import axes_of, explicit_mesh, spec, spec_of
 from flax_mha.core.typing import ParamsLike
@@ -70,15 +70,19 @@ def projection_specs(params: ParamsLike, arrays: Arrays, folding: Folding) -> di
 
 
 def attention_axes(params: ParamsLike, arrays: Arrays, config: Any) -> Cut | None:
-    """How the attention inside is cut: examples as the inputs, heads as the kernels."""
-    mesh = explicit_mesh((params, arrays))
-    if mesh is None:
-        return None
-    folding = checked_folding(params, arrays, config, None)
-    leading = leading_axes(arrays[0], [*arrays[1:]], folding)
-    batch = [axes for axis, axes in enumerate(leading) if axis not in folding.attended]
-    key = params["key"]["kernel"]
-    return cut_of(mesh, batch, axes_of(key)[1], math.prod(folding.batch), key.shape[1])
+    """How the attention inside is cut: examples as the inputs, heads as the kernels, the sequence
+    along the context axis.
+    """
+    mesh, axis = explicit_mesh((params, arrays)), config.context_axis
+    cut = None
+    if mesh is not None:
+        folding = checked_folding(params, arrays, config, None)
+        leading = leading_axes(arrays[0], [*arrays[1:]], folding)
+        batch = [axes for axis, axes in enumerate(leading) if axis not in folding.attended]
+        key, lengths = params["key"]["kernel"], () if axis is None else (axis.name,)
+        sizes = math.prod(folding.batch), key.shape[1]
+        cut = cut_of(mesh, batch, axes_of(key)[1], *sizes, lengths)
+    return cut if axis is None else cut_along(mesh, axis, cut)
 
 
 def cache_spec(cache: KVCache | CrossCache | None) -> Any:

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.attention import DistanceBias
+from flax_mha.attention.context import ContextAxis
+from flax_mha.attention.context.positions import is_shard, order_of, whole_length
+from flax_mha.attention.context.positions import positions as positions_along
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.folding import Folding
@@ -40,9 +43,11 @@ def positions_of(
         return Positions(_beside_source(positions, segment_ids, folding, cache), None)
     if positions is not None:
         return Positions(*folded_pair("positions", positions, folding))
+    axis = config.context_axis if cache is None else None
     if segment_ids is not None:
-        return Positions(*(restarted(x) for x in folded_pair("segment_ids", segment_ids, folding)))
-    counted = (jnp.arange(size, dtype="int32")[None] for size in (folding.T, folding.S))
+        pair = folded_pair("segment_ids", segment_ids, folding)
+        return Positions(*(_restarted_along(axis, x) for x in pair))
+    counted = (positions_along(axis, size)[None] for size in (folding.T, folding.S))
     offset_B1 = 0 if cache is None else cache.length.reshape(-1, 1)
     return Positions(*(index_1L + offset_B1 for index_1L in counted))
 
@@ -70,6 +75,7 @@ def distance_bias(
     """The bias of every distance between T queries, whose first is at most `reach`, and S keys."""
     if not isinstance(config.position, DistanceFunction):
         return None
+    T, S = (whole_length(config.context_axis, length) for length in (T, S))
     first = 1 - T - reach
     embedding = params["relative_bias"]["embedding"] if "relative_bias" in params else None
     values_NL = config.position(np.arange(first, max(S, first + 1)), config.num_heads, embedding)
@@ -88,6 +94,18 @@ def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:
         folding.fold_padding(name, query, folding.targets, "T"),
         folding.fold_padding(name, key, folding.sources, "S"),
     )
+
+
+def _restarted_along(axis: ContextAxis | None, ids_bT: Array) -> Array:
+    """Positions within segments, of tokens that stand in the order of a context axis."""
+    if is_shard(axis):
+        rule = "On one device's part of a sequence nobody knows where its segments begin."
+        evidence = "segment_ids and rotary embedding along a context axis, without positions"
+        checks.fail(ValueError, rule, evidence, "Pass `positions=`, counted over the whole.")
+    order = order_of(axis, ids_bT.shape[1])
+    if order is None:
+        return restarted(ids_bT)
+    return restarted(ids_bT[:, np.argsort(order)])[:, order]
 
 
 def restarted(ids_bT: Array) -> Array:

@@ -35,23 +35,27 @@ def unsupported(inputs: Inputs, options: Options, platform: str | None) -> str |
     return None
 
 
+def engine(inputs: Inputs, options: Options) -> Engine:
+    return Blocks()
+
+
 def attend(inputs: Inputs, options: Options) -> Output:
     """context = dropout(softmax(scale query . key + bias)) . value, block by block."""
-    return attend_by(Blocks(), inputs, options)
+    return attend_by(engine(inputs, options), inputs, options)
 
 
 def attend_by(engine: Engine, inputs: Inputs, options: Options) -> Output:
     """The same, where `engine` computes the result and its first gradient."""
     if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):
-        return _nothing(inputs)
-    facts, arrays = _split(varying_alike(inputs), options)
+        return nothing(inputs)
+    facts, arrays = split(varying_alike(inputs), options)
     signature = Signature.of(options, facts, arrays)
     context, row_max, row_sum = _softmax(engine, signature, facts, tuple(arrays.values()))
     dtype = inputs.value_BSKV.dtype
     return Output(context.astype(dtype), None, Residuals(row_max, row_sum))
 
 
-def _nothing(inputs: Inputs) -> Output:
+def nothing(inputs: Inputs) -> Output:
     """No query or no key: nobody attends to anything."""
     B, T, N, _ = inputs.query_BTNH.shape
     V, dtype = inputs.value_BSKV.shape[-1], inputs.value_BSKV.dtype
@@ -59,7 +63,7 @@ def _nothing(inputs: Inputs) -> Output:
     return Output(jnp.zeros((B, T, N, V), dtype), None, Residuals(zeros_BNT - jnp.inf, zeros_BNT))
 
 
-def _split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
+def split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
     """The arrays of a call without a derivative, and those with one."""
     offset, first, distances = None, 0, None
     if inputs.distance_bias is not None:

@@ -10,6 +10,7 @@ jax, whose masks are spans of tiles as well.
 import jax
 
 from flax_mha.attention.blockwise.attend import attend_by
+from flax_mha.attention.blockwise.engine import Engine
 from flax_mha.attention.contract import Inputs, Options, Output
 from flax_mha.attention.pallas_tpu.engine import Kernels
 from flax_mha.attention.pallas_tpu.sizes import refusal
@@ -32,6 +33,10 @@ def _of_chip() -> str | None:
     return None
 
 
+def engine(inputs: Inputs, options: Options) -> Engine:
+    return Kernels()
+
+
 def attend(inputs: Inputs, options: Options) -> Output:
     """context = dropout(softmax(scale query . key + bias)) . value, tile by tile."""
-    return attend_by(Kernels(), inputs, options)
+    return attend_by(engine(inputs, options), inputs, options)
