@@ -167,7 +167,7 @@ def _end_with_the_parent() -> None:
 def _ended(code: int) -> str:
     """What an exit code says."""
     if code == -signal.SIGABRT:
-        return "was ended by JAX: another process is gone, or did not come (see above)"
+        return "was ended by JAX: another process is gone, or did not come"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
-    return "ended by the error above: its own, or another process is gone"
+    return "ended by the error above: another process is gone, or it is an error of its own"

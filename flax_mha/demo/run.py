@@ -67,7 +67,7 @@ def start(
     screen.say(task.about())
     fingerprint = _fingerprint(task)
     mesh = _met(place, task, fingerprint, step=0)
-    train.abstract_state(task)
+    train.abstract_state(task, mesh)
     if is_first():
         directory.begin(settings, overwrite)
     run = Run(task, directory, Records(directory, is_first()), screen, mesh, place)
@@ -99,7 +99,7 @@ def resume(
         rule = f"the data are not those that {path} began with"
         raise DemoError(f"{rule}: their first batch differs. Train anew with `train CONFIG`.")
     mesh = _met(place, task, fingerprint, step)
-    like = train.abstract_state(task)
+    like = train.abstract_state(task, mesh)
     state = checkpoint.restore(directory.checkpoints, step, like, layout(mesh, task, like))
     run = Run(task, directory, Records(directory, is_first()), screen, mesh, place)
     run.records.go_back(step)

@@ -51,8 +51,9 @@ class MeshSettings:
 
 SECTIONS = ("data", "model", "train", "mesh")
 
-# The data have their axes, and the residual stream fixes the output's size: not the user's to set.
-FIXED_ATTENTION = ("output_shape", "attention_axes")
+# The data have their axes, the residual stream fixes the output's size, and `mesh.context` says
+# whether the sequence is cut: not the user's to set here.
+FIXED_ATTENTION = ("output_shape", "attention_axes", "context_axis")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ A step depends on the state before it, on the batch of its number and on its num
 can stop after any step and go on from there, with the same numbers.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -85,19 +86,21 @@ def make_optimizer(task: Task) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), adamw, *constraints)
 
 
-def abstract_state(task: Task) -> State:
+def abstract_state(task: Task, mesh: Mesh | None = None) -> State:
     """Shapes and dtypes of the state: traces the model and its loss without computing anything.
 
     Raises:
-        DemoError: the layer refuses what the settings ask for.
+        DemoError: the layer refuses what the settings ask for, on the mesh, if there is one.
     """
+    cut = task if mesh is None else on_mesh(task)
 
     def start_and_step() -> State:
         state = initial_state(task)
-        return _step(task, make_optimizer(task), state, task.example(), jnp.int32(1))
+        return _step(cut, make_optimizer(task), state, task.example(), jnp.int32(1))
 
     try:
-        return jax.eval_shape(start_and_step)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return jax.eval_shape(start_and_step)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise DemoError(f"[attention] {error}") from error
 
