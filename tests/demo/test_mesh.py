@@ -1,4 +1,4 @@
-"""A run on a mesh of virtual devices: the numbers of one device, on any mesh, from one to another."""
+"""A run on a mesh of virtual devices: the numbers of one, on any mesh and from one to another."""
 
 import json
 
