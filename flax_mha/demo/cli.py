@@ -55,15 +55,15 @@ def _answered(command: Callable[[argparse.Namespace], int], options: argparse.Na
 def _watched(options: argparse.Namespace) -> int:
     """One process of many: a child does the work, and this one says so if it is lost."""
     from flax_mha.demo.processes import supervise
-    from flax_mha.demo.run import after_a_loss
 
     place = _place(options)
-    return supervise(
-        _answered,
-        (options.command, options),
-        place,
-        lambda: after_a_loss(_run_path(options), place),
-    )
+
+    def how_to_go_on() -> str:
+        from flax_mha.demo.run import after_a_loss
+
+        return after_a_loss(_run_path(options), place)
+
+    return supervise(_answered, (options.command, options), place, how_to_go_on)
 
 
 def _place(options: argparse.Namespace) -> Any:
@@ -201,14 +201,7 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     train.add_argument("--steps", metavar="N", help="short for --set train.steps=N")
-    train.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting, as attention.num_heads=4; may be repeated",
-    )
+    _add_set(train, "SECTION.KEY=VALUE", "change one setting, as attention.num_heads=4")
     _add_devices(train)
     train.add_argument("--no-plots", action="store_true", help="draw no pictures")
 
@@ -221,16 +214,16 @@ def _add_resume(commands: Any) -> None:
     )
     resume.set_defaults(command=_resume)
     _add_run(resume)
-    resume.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="mesh.KEY=N",
-        help="go on on another mesh, as mesh.data=4; may be repeated",
-    )
+    _add_set(resume, "mesh.KEY=N", "go on on another mesh, as mesh.data=4")
     _add_devices(resume)
     resume.add_argument("--no-plots", action="store_true", help="draw no pictures")
+
+
+def _add_set(command: argparse.ArgumentParser, what: str, purpose: str) -> None:
+    purpose = f"{purpose}; may be repeated"
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar=what, help=purpose
+    )
 
 
 def _add_devices(command: argparse.ArgumentParser) -> None:
