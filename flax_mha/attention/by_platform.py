@@ -30,5 +30,5 @@ class _ByPlatform:
     own: tuple[tuple[str, Engine], ...]
 
     def at(self, place: Place) -> Computation:
-        own = dict(self.own).get(place.platform, Blocks()) if place.devices == 1 else Blocks()
+        own = dict(self.own).get(place.platform, Blocks()) if place.takes_kernels else Blocks()
         return own.at(place)

@@ -45,8 +45,8 @@ def cut_along(mesh: Any, axis: ContextAxis, cut: Cut | None) -> Cut | None:
     """The cut along a context axis; by examples and heads too, as `cut` says.
 
     Of the mesh of the arrays' types, or else that of the context, whose other axes are left as they
-    are, for XLA to cut by. Where the caller's `jax.shard_map` has made the cut there is None, and
-    along an axis of one device nothing is cut.
+    are, for XLA to cut by; not those of one device, beside which no kernel may run. Where the
+    caller's `jax.shard_map` has made the cut there is None, and along one device nothing is cut.
     """
     if size_of_bound(axis.name) is not None:
         return None
@@ -58,8 +58,14 @@ def cut_along(mesh: Any, axis: ContextAxis, cut: Cut | None) -> Cut | None:
         checks.fail(ValueError, rule, evidence, remedy)
     if mesh.shape[axis.name] == 1:
         return cut
-    cut = Cut((), (), (axis.name,)) if cut is None else cut
+    cut = Cut((), (), (axis.name, *_of_one_device(mesh, axis.name))) if cut is None else cut
     return cut._replace(context=axis, devices=mesh.shape[axis.name])
+
+
+def _of_one_device(mesh: Any, besides: str) -> Names:
+    kinds = zip(mesh.axis_names, mesh.axis_types or ())
+    ones = (name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] == 1)
+    return tuple(name for name in ones if name != besides)
 
 
 def cut_of(mesh: Any, batch: Any, heads: Any, B: Any, K: int, lengths: Names = ()) -> Cut | None:

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
 
 from flax_mha.attention.canonical import canonical
 from flax_mha.attention.choice import RULE, TILED, preferred
@@ -16,7 +15,7 @@ from flax_mha.attention.dispatch import bound, how_cut
 from flax_mha.attention.implementations import IMPLEMENTATIONS, known, reason
 from flax_mha.core import checks
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.meshes import spec, with_auto_axes
+from flax_mha.core.meshes import free_axes, spec, with_auto_axes
 from flax_mha.core.platform import PLATFORMS
 from flax_mha.core.varying import full
 
@@ -107,7 +106,7 @@ def _on_device(strategy: str, call: Inputs, options: Options, platform: str) -> 
     """The implementations, of what a device computes at once."""
     told = _implementations(call, options, platform)
     told = {name: text.partition(CHOSEN)[0] for name, text in told.items()}
-    if (loose := _automatic_axes()) and told["pallas_tpu"] == "ok":
+    if (loose := free_axes()) and told["pallas_tpu"] == "ok":
         told["pallas_tpu"] = f"XLA cannot cut a kernel over {loose}, which are not explicit axes"
     if strategy == "ring":
         for name in strategies.ring.without_parts():
@@ -119,13 +118,6 @@ def _on_device(strategy: str, call: Inputs, options: Options, platform: str) -> 
         first, why = preferred(names, call, platform), RULE
     told[first] += CHOSEN + why
     return told
-
-
-def _automatic_axes() -> list[str]:
-    """The axes of the mesh over which XLA still has to cut."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types or ())
-    return [name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] > 1]
 
 
 def _nothing(inputs: Inputs) -> Output:

@@ -59,6 +59,18 @@ def axes_of(x: Any) -> tuple[Any, ...]:
     return tuple(jax.typeof(x).sharding.spec) if isinstance(x, jax.Array) else (None,) * x.ndim
 
 
+def free_axes() -> list[str]:
+    """The axes of the mesh around a trace over which XLA has still to cut: of more than one device.
+
+    Example:
+        >>> free_axes()
+        []
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types or ())
+    return [name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] > 1]
+
+
 def spec_of(x: Any) -> P:
     """How an array's type says that it is sharded."""
     return P(*axes_of(x))

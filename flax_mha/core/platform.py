@@ -9,10 +9,17 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 class Place(NamedTuple):
-    """One of `PLATFORMS` or "any", and over how many devices XLA may spread what is computed."""
+    """One of `PLATFORMS` or "any", and over how many devices XLA may spread what is computed.
+
+    Attributes:
+        platform: where the program runs.
+        devices: those of the mesh axes that are left to XLA.
+        by_hand: whether no axis is left to XLA, not even one of a single device.
+    """
 
     platform: str
     devices: int = 1
+    by_hand: bool = True
 
     @classmethod
     def here(cls) -> "Place":
@@ -29,15 +36,20 @@ class Place(NamedTuple):
         """From a lowering rule's context: the devices that no `shard_map` has divided by hand."""
         axes = context.module_context.axis_context
         if hasattr(axes, "num_devices"):
-            return cls(platform, axes.num_devices)
+            return cls(platform, axes.num_devices, axes.num_devices == 1)
         if not hasattr(axes, "manual_axes"):  # the pmap of jax 0.7: every replica is a program
             return cls(platform)
         free = [size for name, size in axes.mesh.shape.items() if name not in axes.manual_axes]
-        return cls(platform, math.prod(free))
+        return cls(platform, math.prod(free), not free)
 
     @property
     def cpu(self) -> bool:
         return self.platform == "cpu"
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether XLA has nothing to cut there: it cannot cut a kernel."""
+        return self.by_hand and self.devices == 1
 
     @property
     def is_shared(self) -> bool:

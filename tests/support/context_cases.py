@@ -106,7 +106,8 @@ def program(sizes, axis, one, mesh, implementation=None, dtype="float32"):
     arrays, call = split(one.arrays(dtype), one.call)
     n = sizes[-1] if axis.layout == "zigzag" else 0
     arrays, call = stored(arrays, n, one), stored(call, n, one)
-    run = lambda arrays: with_gradients(arrays, implementation, context_axis=axis, **call)
+    call |= dict(context_axis=axis, order=zigzag_order(one.T, n) if n else None)
+    run = lambda arrays: with_gradients(arrays, implementation, **call)
     return run, placed(arrays, mesh, sizes)
 
 

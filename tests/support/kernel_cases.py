@@ -51,12 +51,16 @@ def attend(arrays, implementation, **call):
     return context, *residuals
 
 
-def with_gradients(arrays, implementation, **call):
-    """{name: context, row_max, row_sum, and the gradient of each array}, of one probe."""
+def with_gradients(arrays, implementation, order=None, **call):
+    """{name: context, row_max, row_sum, and the gradient of each array}, of one probe.
+
+    Where the queries stand in another order, so does the probe.
+    """
 
     def loss(arrays):
         context, row_max, row_sum = attend(arrays, implementation, **call)
         probe = normal(99, *context.shape)
+        probe = probe if order is None else probe[:, order]
         total = (context.astype("float32") * probe).sum() + jnp.log1p(row_sum).sum()
         return total, {"context": context, "row_max": row_max, "row_sum": row_sum}
 

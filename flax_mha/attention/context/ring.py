@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.context.axis import Devices
 from flax_mha.attention.context.broken import quarantine_along
+from flax_mha.attention.context.groups import by_groups
 from flax_mha.attention.context.hop import (
     Moving,
     Ring,
@@ -135,6 +136,11 @@ def _keep(ring: Ring, inputs: Inputs) -> Any:
 def _gradient(ring: Ring, kept: Any, cotangents: Softmax) -> tuple[Inputs]:
     """The keys travel again, and what has been found of their gradient with them."""
     inputs, softmax = kept
+    d_moving = by_groups(functools.partial(_of_heads, ring), inputs, softmax, cotangents)
+    return (as_inputs(inputs, d_moving),)
+
+
+def _of_heads(ring: Ring, inputs: Inputs, softmax: Softmax, cotangents: Softmax) -> Moving:
     devices, index = ring.devices, ring.devices.index()
 
     def hop(carry: Any, h: Array) -> Any:
@@ -152,7 +158,7 @@ def _gradient(ring: Ring, kept: Any, cotangents: Softmax) -> tuple[Inputs]:
     )
     (_, d_keys, d_own), _ = jax.lax.scan(hop, (keys, *_apart(zeros)), ring.counts)
     d_key, d_value = devices.shift(d_keys, 1 - ring.first - ring.hops)
-    return (as_inputs(inputs, d_own._replace(key=d_key, value=d_value)),)
+    return d_own._replace(key=d_key, value=d_value)
 
 
 def _apart(moving: Moving) -> tuple[Any, Moving]:

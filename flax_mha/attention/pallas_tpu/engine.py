@@ -53,12 +53,14 @@ class Kernels:
             rule = "implementation='pallas_tpu' is a kernel for TPU."
             remedy = "Leave `implementation` None, which runs blockwise here, or name it."
             checks.fail(NotImplementedError, rule, f"a program for {place.platform}", remedy)
-        if place.devices > 1:
+        if not place.takes_kernels:
             rule = "XLA cannot cut implementation='pallas_tpu' over devices by itself."
             remedy = (
-                "Call it inside `jax.shard_map`, or place the arrays on a mesh of `jax.make_mesh`."
+                "Call it inside a `jax.shard_map` over all axes, those of one device too, or place "
+                "the arrays on a mesh of `jax.make_mesh`."
             )
-            checks.fail(NotImplementedError, rule, f"a program of {place.devices} devices", remedy)
+            evidence = f"a program of {place.devices} devices, with axes that are left to XLA"
+            checks.fail(NotImplementedError, rule, evidence, remedy)
 
 
 def _of_rows(made: Prepared, softmax: Softmax, cotangents: Cotangents) -> dict[str, Array]:
