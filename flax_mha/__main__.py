@@ -29,9 +29,14 @@ from flax_mha.guides import pages
 # A heading and the files whose names stand below it; the names are those of `__init__.py`.
 GROUPS = {
     "The layer": ("linen", "functional", "layer.equation", "config", "params"),
-    "Attention of arrays": ("attention.dispatch", "masks", "scores"),
+    "Attention of arrays": ("attention.dispatch", "attention.explanation", "masks", "scores"),
     "Decoding": ("decoding", "layer.caches"),
-    "Many devices": ("sharding.specs",),
+    "Many devices": (
+        "sharding.specs",
+        "attention.context.axis",
+        "attention.context_parallel",
+        "attention.context.layout",
+    ),
     "Training": ("training.losses", "training.updates"),
 }
 

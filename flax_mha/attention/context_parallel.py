@@ -48,8 +48,9 @@ def context_parallel_attention(
 
     Example:
         >>> import jax, flax_mha
-        >>> from jax.sharding import PartitionSpec as P
-        >>> mesh = jax.make_mesh((jax.device_count(),), ("context",))
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> n, auto = jax.device_count(), (AxisType.Auto,)
+        >>> mesh = jax.make_mesh((n,), ("context",), axis_types=auto)
         >>> def attend(x):
         ...     return flax_mha.context_parallel_attention(x, x, x, axis_name="context")
         >>> x = jax.random.normal(jax.random.key(0), (2, 16, 3, 8))

@@ -45,8 +45,8 @@ def cut_along(mesh: Any, axis: ContextAxis, cut: Cut | None) -> Cut | None:
     """The cut along a context axis; by examples and heads too, as `cut` says.
 
     Of the mesh of the arrays' types, or else that of the context, whose other axes are left as they
-    are, for XLA to cut by; not those of one device, beside which no kernel may run. None where the
-    caller's `jax.shard_map` has made the cut.
+    are, for XLA to cut by; not those of one device, beside which no kernel may run. Where the
+    caller's `jax.shard_map` has made the cut there is None, and along one device nothing is cut.
     """
     if size_of_bound(axis.name) is not None:
         return None
@@ -56,6 +56,8 @@ def cut_along(mesh: Any, axis: ContextAxis, cut: Cut | None) -> Cut | None:
         evidence = f"a mesh of {mesh.axis_names}" if mesh.axis_names else "no mesh"
         remedy = "Call it under `with jax.set_mesh(mesh):`, or inside a `jax.shard_map` over it."
         checks.fail(ValueError, rule, evidence, remedy)
+    if mesh.shape[axis.name] == 1:
+        return cut
     cut = Cut((), (), (axis.name, *_of_one_device(mesh, axis.name))) if cut is None else cut
     return cut._replace(context=axis, devices=mesh.shape[axis.name])
 

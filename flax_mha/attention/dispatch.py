@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_mha.attention.canonical import canonical
-from flax_mha.attention.context.axis import ContextAxis, Devices, context_axis_of
+from flax_mha.attention.context.axis import ContextAxis, context_axis_of
+from flax_mha.attention.context.positions import is_shard, whole_length
 from flax_mha.attention.context.strategies import run_context
 from flax_mha.attention.contract import Options, Output, Residuals
 from flax_mha.attention.cut import Cut, cut_along, cut_of, run_cut
@@ -152,13 +153,20 @@ class How(NamedTuple):
     axis: ContextAxis | None
 
     @property
+    def along(self) -> ContextAxis | None:
+        """The axis along which devices share a call: of the cut, or else of the caller's own."""
+        if self.cut is not None:
+            return self.cut.context
+        return self.axis if is_shard(self.axis) else None
+
+    @property
     def devices(self) -> int:
-        """How many share the keys of which the arrays are a part: those of the caller's own cut."""
-        return 1 if self.axis is None or self.cut is not None else Devices.on(self.axis).n
+        """How many share the keys of which the arrays are a part."""
+        return whole_length(self.axis, 1) if self.cut is None else 1
 
 
 def _attend(data: Any, static: Any, how: How) -> Any:
-    axis = how.axis
+    axis = how.along
     inputs, options = canonical(**data, **static, devices=how.devices)
     if axis is None:
         one = functools.partial(run, chosen(how.implementation, inputs, options))

@@ -67,10 +67,10 @@ def explain(
     def trace(data: Any) -> None:
         how = how_cut(data["query"], data["key"], data["value"], None, axis)
         inputs, options = canonical(**data, **static, devices=how.devices)
-        if axis is None:
+        if how.along is None:
             told.update(_implementations(inputs, options, where))
         else:
-            tell = functools.partial(_along, axis, where, told)
+            tell = functools.partial(_along, how.along, where, told)
             run_cut(how.cut, tell, inputs, options)
 
     automatic = lambda data: with_auto_axes(trace, spec, data)  # noqa: E731

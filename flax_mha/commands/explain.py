@@ -5,6 +5,7 @@ The call is described by shapes, and nothing is computed. Its options are the ar
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
-from flax_mha import Mask
+from flax_mha import ContextAxis, Mask
 from flax_mha import explain as explanation
 from flax_mha.attention import DistanceBias
 from flax_mha.commands.columns import section
@@ -40,7 +42,8 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Prints what `explain` says of the call that was described."""
     try:
         call = call_of(given)
-        told = explanation(**call, platform=given.platform)
+        with _mesh(call):
+            told = explanation(**call, platform=given.platform)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     platform = given.platform or jax.default_backend()
@@ -94,6 +97,16 @@ def call_of(given: argparse.Namespace) -> dict[str, Any]:
     return call
 
 
+def _mesh(call: dict[str, Any]) -> Any:
+    """A mesh of as many devices as the context axis has; none of them need be here."""
+    if "context_axis" not in call:
+        return contextlib.nullcontext()
+    devices, axis = call["context_axis"]
+    call["context_axis"] = axis
+    mesh = AbstractMesh((devices,), (axis.name,), axis_types=(AxisType.Auto,))
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def _masks(given: argparse.Namespace) -> bool:
     return bool(given.mask or given.segments or given.padding)
 
@@ -113,9 +126,8 @@ def _mask(given: argparse.Namespace, B: int, T: int, S: int) -> Mask:
 def lines(call: dict[str, Any], told: dict[str, str], platform: str) -> Iterator[str]:
     """What is printed: the call, each implementation with its line, what None runs, and bytes."""
     entries = {name: line.partition(NONE_CHOOSES)[0] for name, line in told.items()}
-    for name, line in told.items():
-        if NONE_CHOOSES in line:
-            entries["None"] = f"{name}: {line.partition(NONE_CHOOSES)[2]}"
+    chosen = [(name, line.partition(NONE_CHOOSES)[2]) for name, line in told.items()]
+    entries["None"] = "; ".join(f"{name}: {why}" for name, why in chosen if why)
     yield from section(
         f"{described(call)}, on {platform}", entries | {"memory": memory(call)}, NAMES
     )
@@ -195,11 +207,21 @@ def _precision(text: str) -> str:
 
 
 def _count(text: str) -> int:
-    return _sizes(text, "x", "a number of features is one size, such as 128.", 1)[0]
+    return _sizes(text, "x", "a number is one size, such as 128.", 1)[0]
 
 
 def _pair(text: str) -> Sizes:
     return _sizes(text, ",", "blocks are two sizes, queries,keys such as 512,512.", 2)
+
+
+def _along(text: str) -> tuple[int, ContextAxis]:
+    """Devices, and what a `ContextAxis` takes besides its name."""
+    devices, *how = text.split(",")
+    try:
+        return _count(devices), ContextAxis("context", *how)
+    except (TypeError, ValueError) as error:
+        rule = "a context axis is its devices, and a strategy and a layout if any: 4,ring,zigzag."
+        raise argparse.ArgumentTypeError(f"{rule} {error}") from error
 
 
 def _sizes(text: str, separator: str, rule: str, number: int | None) -> Sizes:
@@ -243,4 +265,11 @@ OPTIONS = (
     Option("mask", ("--mask",), "booleans, broadcast to [B, N, T, S]", _shape, "SHAPE"),
     Option("block_sizes", ("--block-sizes",), "queries and keys a block", _pair, "T,S"),
     Option("precision", ("--precision",), "of the products", _precision, "NAME"),
+    Option(
+        "context_axis",
+        ("--context-axis",),
+        "the sequence over N devices, how, and in which order",
+        _along,
+        "N[,STRATEGY[,LAYOUT]]",
+    ),
 )

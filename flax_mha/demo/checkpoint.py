@@ -19,20 +19,31 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_mha.demo.processes import is_first
 from flax_mha.demo.settings import DemoError
 
 _KEPT = 2
 
 
 def save(directory: Path, step: int, state: Any) -> None:
-    """Writes a pytree of arrays; the two newest checkpoints are kept."""
-    _clear_unlisted(directory)
+    """Writes a pytree of arrays; the two newest checkpoints are kept.
+
+    All processes of a run must call it: each writes its part, the first one all else.
+    """
     target = directory / str(step)
     if _list_file(target).exists():
         return
+    if is_first():
+        _clear_unlisted(directory)
     with contextlib.closing(_checkpointer()) as checkpointer:
         checkpointer.save(target.absolute(), state)
         checkpointer.wait_until_finished()
+    if is_first():
+        _enlist(directory, target, state)
+
+
+def _enlist(directory: Path, target: Path, state: Any) -> None:
+    """From here on the checkpoint counts."""
     listed = {"arrays": _arrays(state), "sha256": _sums(target)}
     write_at_once(_list_file(target), json.dumps(listed, indent=1) + "\n")
     for old in steps(directory)[:-_KEPT]:
@@ -45,20 +56,23 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdecimal())
 
 
-def restore(directory: Path, step: int, like: Any) -> Any:
+def restore(directory: Path, step: int, like: Any, shardings: Any = None) -> Any:
     """The pytree that was saved after `step`, of the structure, shapes and dtypes of `like`.
+
+    It lies as `shardings` say, which need not be those that it was saved with; without any, its
+    arrays are NumPy's.
 
     Raises:
         DemoError: a file is missing, cut off or changed; or the arrays are those of another model.
     """
     source = directory / str(step)
     _check(source, like)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like
-    )
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: here, like) if shardings is None else shardings
+    struct = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
     with contextlib.closing(_checkpointer()) as checkpointer:
-        return jax.tree.map(np.asarray, checkpointer.restore(source.absolute(), target))
+        found = checkpointer.restore(source.absolute(), jax.tree.map(struct, like, places))
+    return jax.tree.map(np.asarray, found) if shardings is None else found
 
 
 def write_at_once(path: Path, text: str) -> None:

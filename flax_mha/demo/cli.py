@@ -5,12 +5,12 @@ What a command needs is imported when it runs: `--help` is quick, and needs no o
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_mha.demo.arguments import above_zero, at_least, host_and_port, of_many
 from flax_mha.demo.settings import DemoError
 
 _EXAMPLES = """\
@@ -19,6 +19,9 @@ examples:
   python -m flax_mha.demo train configs/python_lm.toml --steps 200 --set attention.num_heads=2
   python -m flax_mha.demo train configs/python_lm.toml --data shakespeare.txt --out runs/plays
   python -m flax_mha.demo resume runs/plays
+  python -m flax_mha.demo train configs/digits.toml --virtual-devices 4 --set mesh.data=4
+  python -m flax_mha.demo train configs/digits.toml --set mesh.data=2 \
+      --coordinator 10.0.0.1:7000 --process 0/2        # and 1/2 on another machine
   python -m flax_mha.demo generate runs/python_lm --prompt "class " --top-k 40 --seed 1
   python -m flax_mha.demo predict runs/dates "Tuesday, the 3rd of March 1987"
   python -m flax_mha.demo inspect runs/digits 7
@@ -26,15 +29,21 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """Runs one command; returns the exit code.
+
+    0; 2 for a user's mistake; 130 for Ctrl-C; of a run over many processes 3, where one was lost.
 
     Example:
         >>> main(["train", "no_such_file.toml"])
         2
     """
     options = _parser().parse_args(arguments)
+    return _answered(_watched if getattr(options, "process", None) else options.command, options)
+
+
+def _answered(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     try:
-        return options.command(options)
+        return command(options)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,10 +52,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _watched(options: argparse.Namespace) -> int:
+    """One process of many: a child does the work, and this one says so if it is lost."""
+    from flax_mha.demo.processes import supervise
+
+    place = _place(options)
+
+    def how_to_go_on() -> str:
+        from flax_mha.demo.run import after_a_loss
+
+        return after_a_loss(_run_path(options), place)
+
+    return supervise(_answered, (options.command, options), place, how_to_go_on)
+
+
+def _place(options: argparse.Namespace) -> Any:
+    from flax_mha.demo.processes import Place
+
+    if (options.process is None) != (options.coordinator is None):
+        rule = "--coordinator HOST:PORT and --process I/N need each other"
+        raise DemoError(f"{rule}: one says where the processes meet, one which of them this is.")
+    return options.process and Place(options.coordinator, *options.process)
+
+
+def _run_path(options: argparse.Namespace) -> Path:
+    """Of a new run, or of one that is there."""
+    if hasattr(options, "run"):
+        return options.run
+    return options.out or Path("runs") / options.config.stem
+
+
+def _make_virtual(options: argparse.Namespace) -> None:
+    """Before any device is asked for: there is no changing it later."""
+    if options.virtual_devices is not None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.virtual_devices)
+
+
 def _train(options: argparse.Namespace) -> int:
     from flax_mha.demo.config_file import read_settings
     from flax_mha.demo.run import start
 
+    _make_virtual(options)
     changes = list(options.overrides)
     if options.data is not None:
         # JSON's strings are TOML's; absolute, so that the run is resumed from anywhere.
@@ -54,9 +103,12 @@ def _train(options: argparse.Namespace) -> int:
     if options.steps is not None:
         changes.append(f"train.steps={options.steps}")
     settings = read_settings(options.config, changes)
-    path = options.out or Path("runs") / options.config.stem
     run = lambda: start(  # noqa: E731
-        settings, path, pictures=not options.no_plots, overwrite=options.overwrite
+        settings,
+        _run_path(options),
+        pictures=not options.no_plots,
+        overwrite=options.overwrite,
+        place=_place(options),
     )
     return _told_how_to_go_on(run)
 
@@ -64,7 +116,14 @@ def _train(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from flax_mha.demo.run import resume
 
-    return _told_how_to_go_on(lambda: resume(options.run, pictures=not options.no_plots))
+    _make_virtual(options)
+    run = lambda: resume(  # noqa: E731
+        options.run,
+        pictures=not options.no_plots,
+        overrides=options.overrides,
+        place=_place(options),
+    )
+    return _told_how_to_go_on(run)
 
 
 def _told_how_to_go_on(run: Callable[[], None]) -> int:
@@ -142,14 +201,8 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     train.add_argument("--steps", metavar="N", help="short for --set train.steps=N")
-    train.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting, as attention.num_heads=4; may be repeated",
-    )
+    _add_set(train, "SECTION.KEY=VALUE", "change one setting, as attention.num_heads=4")
+    _add_devices(train)
     train.add_argument("--no-plots", action="store_true", help="draw no pictures")
 
 
@@ -161,7 +214,32 @@ def _add_resume(commands: Any) -> None:
     )
     resume.set_defaults(command=_resume)
     _add_run(resume)
+    _add_set(resume, "mesh.KEY=N", "go on on another mesh, as mesh.data=4")
+    _add_devices(resume)
     resume.add_argument("--no-plots", action="store_true", help="draw no pictures")
+
+
+def _add_set(command: argparse.ArgumentParser, what: str, purpose: str) -> None:
+    purpose = f"{purpose}; may be repeated"
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar=what, help=purpose
+    )
+
+
+def _add_devices(command: argparse.ArgumentParser) -> None:
+    devices = command.add_argument_group("many devices, as [mesh] cuts the work over them")
+    devices.add_argument(
+        "--virtual-devices", type=at_least(1), metavar="N", help="as many of this machine's CPU"
+    )
+    devices.add_argument(
+        "--coordinator",
+        type=host_and_port,
+        metavar="HOST:PORT",
+        help="over many processes: where they meet; it is served by process 0",
+    )
+    devices.add_argument(
+        "--process", type=of_many, metavar="I/N", help="which of how many this is, from 0/N on"
+    )
 
 
 def _add_generate(commands: Any) -> None:
@@ -174,16 +252,16 @@ def _add_generate(commands: Any) -> None:
     generate.set_defaults(command=_generate)
     _add_run(generate)
     generate.add_argument("--prompt", default="def ", help="what the text begins with")
-    generate.add_argument("--bytes", type=_at_least(1), default=400, metavar="N", help="how many")
-    generate.add_argument("--temperature", type=_above_zero, default=0.7, metavar="X")
+    generate.add_argument("--bytes", type=at_least(1), default=400, metavar="N", help="how many")
+    generate.add_argument("--temperature", type=above_zero, default=0.7, metavar="X")
     generate.add_argument(
         "--top-k",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="K",
         help="draw from the K likeliest; 0 = all",
     )
-    generate.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+    generate.add_argument("--seed", type=at_least(0), default=0, metavar="N")
 
 
 def _add_predict(commands: Any) -> None:
@@ -215,22 +293,3 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="a directory that train has left")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text!r}")
-        return int(text)
-
-    return number
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value

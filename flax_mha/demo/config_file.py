@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_mha import MultiHeadAttentionConfig
-from flax_mha.demo.settings import FIXED_ATTENTION, SECTIONS, DemoError, Settings
+from flax_mha.demo.settings import FIXED_ATTENTION, SECTIONS, DemoError, MeshSettings, Settings
 from flax_mha.demo.tasks import TASKS
 
 _SECTIONS = ("task", *SECTIONS, "attention")
@@ -28,6 +28,21 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise DemoError(f"{path} is not valid TOML: {error}") from error
     for text in overrides:
+        _apply(tables, text)
+    return settings_from(tables)
+
+
+def with_mesh(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """The settings on another mesh: all else of a run stays as it began.
+
+    Raises:
+        DemoError: what is to change is not in `[mesh]`, or is no size.
+    """
+    tables: dict[str, Any] = settings.to_dict()
+    for text in overrides:
+        if not text.strip().startswith("mesh."):
+            rule = "a run goes on with its own settings: only [mesh] may change, as mesh.data=2"
+            raise DemoError(f"{rule}. Received: --set {text}.")
         _apply(tables, text)
     return settings_from(tables)
 
@@ -75,7 +90,7 @@ def _task(table: Mapping[str, Any]) -> str:
 
 
 def _section(name: str, table: Mapping[str, Any], task: str) -> Any:
-    section = TASKS[task].sections[name]
+    section = MeshSettings if name == "mesh" else TASKS[task].sections[name]
     fields = {field.name: field for field in dataclasses.fields(section)}
     _known(f"key of [{name}] in the task {task!r}", table, fields)
     return section(**{key: _checked(f"{name}.{key}", table[key], fields[key]) for key in table})

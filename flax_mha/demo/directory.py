@@ -75,9 +75,15 @@ class RunDirectory:
             self._marker.write_text(f"This run is not finished. Continue: {self.resume_command}\n")
             if self.settings_file.exists():
                 self._clear()
-            self.settings_file.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+            self.write_settings(settings)
         except OSError as error:
             raise DemoError(f"cannot write the run's files: {error}") from error
+
+    def write_settings(self, settings: Settings) -> None:
+        """What was asked for, and the mesh it goes on with."""
+        checkpoint.write_at_once(
+            self.settings_file, json.dumps(settings.to_dict(), indent=2) + "\n"
+        )
 
     def check_free(self, overwrite: bool) -> None:
         """A run is replaced only where that was asked for; without a checkpoint it is none yet."""
@@ -121,10 +127,14 @@ class RunDirectory:
 
 
 class Records:
-    """`metrics.jsonl`, and the same records in memory for the picture of the training."""
+    """`metrics.jsonl`, and the same records in memory for the picture of the training.
 
-    def __init__(self, run: RunDirectory) -> None:
+    Of many processes one writes.
+    """
+
+    def __init__(self, run: RunDirectory, writes: bool = True) -> None:
         """Reads what is there; a last line that was cut off does not count."""
+        self._writes = writes
         self._path = run.path / "metrics.jsonl"
         text = self._path.read_text() if self._path.exists() else ""
         self.rows = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
@@ -133,13 +143,15 @@ class Records:
         """Forgets what came after a step, for it is about to come again."""
         earlier = lambda row: row["event"] == "start" or row.get("step", step + 1) <= step  # noqa: E731
         self.rows = [row for row in self.rows if earlier(row)]
-        checkpoint.write_at_once(self._path, "".join(map(_line, self.rows)))
+        if self._writes:
+            checkpoint.write_at_once(self._path, "".join(map(_line, self.rows)))
 
     def add(self, event: str, **values: Any) -> None:
         """Writes one JSON line."""
         self.rows.append({"event": event, **values})
-        with self._path.open("a") as file:
-            file.write(_line(self.rows[-1]))
+        if self._writes:
+            with self._path.open("a") as file:
+                file.write(_line(self.rows[-1]))
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """The records of one kind."""

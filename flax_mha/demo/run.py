@@ -6,17 +6,21 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flax_mha.demo import checkpoint, plots, train
+from flax_mha.demo.config_file import with_mesh
 from flax_mha.demo.directory import Records, RunDirectory
 from flax_mha.demo.extras import require
+from flax_mha.demo.mesh import check_mesh, gathered, layout, make_mesh
 from flax_mha.demo.pictures import write_maps
+from flax_mha.demo.processes import Place, agree, any_of, is_first, join, part
 from flax_mha.demo.settings import DemoError, Settings
 from flax_mha.demo.tasks import TASKS
 from flax_mha.demo.tasks.contract import Task
@@ -35,39 +39,93 @@ class Run:
     directory: RunDirectory
     records: Records
     screen: Screen
+    mesh: Mesh
+    place: Place | None  # of this process, if it is one of many
+
+    @property
+    def resume_command(self) -> str:
+        """What to type."""
+        return how_to_resume(self.directory, self.place)
+
+    def stops(self, is_asked: bool, records_are_due: bool) -> bool:
+        """Alone at once; of many processes all must hear of it, which they do at every record."""
+        return is_asked if self.place is None else records_are_due and any_of(is_asked)
 
 
 def start(
-    settings: Settings, path: Path, *, pictures: bool = True, overwrite: bool = False
+    settings: Settings,
+    path: Path,
+    *,
+    pictures: bool = True,
+    overwrite: bool = False,
+    place: Place | None = None,
 ) -> None:
     """Trains, prints what came of it, and leaves the run's files in `path`."""
-    task, directory, screen = _task(settings, pictures), RunDirectory(path), Screen()
-    train.abstract_state(task)
+    task, directory, screen = _task(settings, pictures), RunDirectory(path), _screen(place)
+    check_mesh(settings)
     directory.check_free(overwrite)
     screen.say(task.about())
     fingerprint = _fingerprint(task)
-    directory.begin(settings, overwrite)
-    run = Run(task, directory, Records(directory), screen)
+    mesh = _met(place, task, fingerprint, step=0)
+    train.abstract_state(task, mesh)
+    if is_first():
+        directory.begin(settings, overwrite)
+    run = Run(task, directory, Records(directory, is_first()), screen, mesh, place)
     run.records.add("start", first_batch_sha256=fingerprint)
     _go_on(run, lambda: (train.initial_state(task), 0), pictures)
 
 
-def resume(path: Path, *, pictures: bool = True) -> None:
-    """Goes on from the last checkpoint, to the numbers that an uninterrupted run has."""
-    directory, screen = RunDirectory(path), Screen()
-    task = _task(directory.read_settings(), pictures)
+def resume(
+    path: Path,
+    *,
+    pictures: bool = True,
+    overrides: Sequence[str] = (),
+    place: Place | None = None,
+) -> None:
+    """Goes on from the last checkpoint, to the numbers that an uninterrupted run has.
+
+    `overrides` may change the mesh.
+    """
+    directory, screen = RunDirectory(path), _screen(place)
+    settings = with_mesh(directory.read_settings(), overrides)
+    task, total = _task(settings, pictures), settings.train.steps
+    check_mesh(settings)
     if directory.is_finished:
-        screen.say(f"{path} is finished: all {task.settings.train.steps} steps are done.")
+        screen.say(f"{path} is finished: all {total} steps are done.")
         return
-    state, step = load(directory, task)
-    records = Records(directory)
-    started = records.of("start")
-    if not started or started[0]["first_batch_sha256"] != _fingerprint(task):
+    step, fingerprint = _last_step(directory), _fingerprint(task)
+    started = Records(directory).of("start")
+    if not started or started[0]["first_batch_sha256"] != fingerprint:
         rule = f"the data are not those that {path} began with"
         raise DemoError(f"{rule}: their first batch differs. Train anew with `train CONFIG`.")
-    records.go_back(step)
-    screen.say(f"Resuming after step {step} of {task.settings.train.steps}.")
-    _go_on(Run(task, directory, records, screen), lambda: (state, step), pictures)
+    mesh = _met(place, task, fingerprint, step)
+    like = train.abstract_state(task, mesh)
+    state = checkpoint.restore(directory.checkpoints, step, like, layout(mesh, task, like))
+    run = Run(task, directory, Records(directory, is_first()), screen, mesh, place)
+    run.records.go_back(step)
+    if is_first() and overrides:
+        directory.write_settings(settings)
+    screen.say(f"Resuming after step {step} of {total}.")
+    _go_on(run, lambda: (state, step), pictures)
+
+
+def how_to_resume(directory: RunDirectory, place: Place | None) -> str:
+    """The command; of many processes, this one's."""
+    return directory.resume_command + ("" if place is None else f" {place.options}")
+
+
+def after_a_loss(path: Path, place: Place) -> str:
+    """What a process says when another one, or its own work, was lost."""
+    directory = RunDirectory(path)
+    if directory.last_step is None:
+        return "Nothing was saved yet: start all processes again, by the same commands"
+    command = how_to_resume(directory, place)
+    elsewhere = f"{directory.resume_command} --set mesh.data=N"
+    step = f"from step {directory.last_step} on"
+    return (
+        f"Start all processes again, {step}, each with its number: {command}\n"
+        f"or go on on other devices: {elsewhere}"
+    )
 
 
 def inspect(path: Path, text: str | None, *, pictures: bool = True) -> None:
@@ -100,11 +158,31 @@ def load(directory: RunDirectory, task: Task) -> tuple[train.State, int]:
     Raises:
         DemoError: there is none, or it is damaged.
     """
+    step = _last_step(directory)
+    return checkpoint.restore(directory.checkpoints, step, train.abstract_state(task)), step
+
+
+def _last_step(directory: RunDirectory) -> int:
     step = directory.last_step
     if step is None:
         rule = f"{directory.path} has no whole checkpoint yet: nothing was saved"
         raise DemoError(f"{rule}. Train it again with `train CONFIG`.")
-    return checkpoint.restore(directory.checkpoints, step, train.abstract_state(task)), step
+    return step
+
+
+def _screen(place: Place | None) -> Screen:
+    """Of many processes the first one prints; errors are printed by all."""
+    return Screen(quiet=place is not None and place.number > 0)
+
+
+def _met(place: Place | None, task: Task, fingerprint: str, step: int) -> Mesh:
+    """The mesh, of this process's devices and those of all others that are of one mind with it."""
+    join(place)
+    tables = task.settings.to_dict()
+    mine = {f"{name}.{key}": tables[name][key] for name in tables for key in tables[name]}
+    mine |= {"jax": jax.__version__, "the first batch": fingerprint, "the step": step}
+    agree(place, mine)
+    return make_mesh(task.settings.mesh)
 
 
 def _task(settings: Settings, pictures: bool) -> Task:
@@ -127,16 +205,16 @@ def _go_on(run: Run, begin: Callable[[], tuple[train.State, int]], pictures: boo
         state = _learn(run, *begin())
         _finish(run, state, pictures)
     except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(run.directory)) from None
+        raise Interrupted(_how_to_go_on(run)) from None
     seconds = time.perf_counter() - started
     run.screen.say(f"\n{seconds:.0f} seconds in all. Files: {run.directory.path}/")
 
 
-def _how_to_go_on(directory: RunDirectory) -> str:
-    step = directory.last_step
+def _how_to_go_on(run: Run) -> str:
+    step = run.directory.last_step
     if step is None:
         return "interrupted before the first checkpoint: nothing to continue from"
-    return f"interrupted at step {step}; continue with: {directory.resume_command}"
+    return f"interrupted at step {step}; continue with: {run.resume_command}"
 
 
 def _learn(run: Run, start: train.State, done: int) -> train.State:
@@ -147,15 +225,16 @@ def _learn(run: Run, start: train.State, done: int) -> train.State:
     with _ctrl_c_asks() as is_asked, run.screen.bar(run.task.unit) as bar:
         row = bar.add_task("compiling", total=settings.steps, completed=done, speed=0.0)
         since = _Since(done, time.perf_counter())
-        for step, state in train.fit(run.task, start, done):
-            stopping = is_asked()
+        for step, state in train.fit(run.task, start, done, run.mesh):
+            stopping = run.stops(is_asked(), due(settings.log_every))
             if due(settings.log_every):
                 bar.update(row, completed=step, **_record_loss(run, state, step, since))
             if due(settings.eval_every):
-                run.records.add("held_out", step=step, **run.task.glance(state.params))
+                run.records.add("held_out", step=step, **run.task.glance(gathered(state.params)))
             if stopping or due(settings.checkpoint_every):
                 checkpoint.save(run.directory.checkpoints, step, state)
             if stopping:
+                part()
                 raise KeyboardInterrupt
             if due(settings.log_every):
                 since = _Since(step, time.perf_counter())
@@ -198,11 +277,13 @@ def _ctrl_c_asks() -> Iterator[Callable[[], bool]]:
 
 
 def _finish(run: Run, state: train.State, pictures: bool) -> None:
-    """Judges, shows and draws; then the run is finished."""
-    params = jax.device_get(state.params)
+    """Judges, shows and draws; then the run is finished. Of many processes one shows and draws."""
+    params = gathered(state.params)
     results = run.task.judge(params, run.screen)
     for result in results:
         run.records.add("result", **result)
+    if not is_first():
+        return
     made = run.task.show(params, run.screen)
     if made:
         (run.directory.path / "sample.txt").write_text(made, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 `[attention]` is `flax_mha.MultiHeadAttentionConfig` itself, so every option of the layer can be
 tried from the file or with `--set attention.NAME=VALUE`. What `[data]`, `[model]` and `[train]`
-hold is the task's to say; `TrainSettings` is what every task has. `config_file.py` reads them.
+hold is the task's to say; every task has `TrainSettings` and `[mesh]`. `config_file.py` reads them.
 """
 
 import dataclasses
@@ -40,10 +40,20 @@ class TrainSettings:
     checkpoint_every: int = 200  # ... between two states from which `resume` can go on
 
 
-SECTIONS = ("data", "model", "train")
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """How many devices cut what; `mesh.py` makes them a mesh, with axes of these names."""
 
-# The data have their axes, and the residual stream fixes the output's size: not the user's to set.
-FIXED_ATTENTION = ("output_shape", "attention_axes")
+    data: int = 1  # the batch
+    heads: int = 1  # the heads of the attention layers
+    context: int = 1  # the sequence, inside the attention
+
+
+SECTIONS = ("data", "model", "train", "mesh")
+
+# The data have their axes, the residual stream fixes the output's size, and `mesh.context` says
+# whether the sequence is cut: not the user's to set here.
+FIXED_ATTENTION = ("output_shape", "attention_axes", "context_axis")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Settings:
     model: Any
     attention: MultiHeadAttentionConfig
     train: Any
+    mesh: MeshSettings = MeshSettings()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The settings as plain tables, as `settings.json` holds them; `settings_from` reads them.

@@ -7,14 +7,17 @@ from flax_mha.demo.extras import require
 
 
 class Screen:
-    """Prints lines, tables and a progress bar; markup in what is printed is not obeyed."""
+    """Prints lines, tables and a progress bar; markup in what is printed is not obeyed.
 
-    def __init__(self) -> None:
+    A quiet one prints nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
         """Finds out how wide the terminal is."""
         require("rich", "the terminal output")
         from rich.console import Console
 
-        self.console = Console(highlight=False, markup=False)
+        self.console = Console(highlight=False, markup=False, quiet=quiet)
 
     def say(self, text: str = "") -> None:
         """Text as it is; long lines are the terminal's to break."""

@@ -7,6 +7,7 @@ A step depends on the state before it, on the batch of its number and on its num
 can stop after any step and go on from there, with the same numbers.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from flax_mha import constrain
 from flax_mha.core.typing import Array
-from flax_mha.demo.settings import DemoError, TrainSettings
+from flax_mha.demo.mesh import cut_batch, layout, make_mesh, on_mesh, place
+from flax_mha.demo.settings import DemoError, MeshSettings, TrainSettings
 from flax_mha.demo.tasks.contract import Batch, Task
 
 
@@ -39,13 +42,22 @@ def initial_state(task: Task) -> State:
     return State(params, make_optimizer(task).init(params), losses)
 
 
-def fit(task: Task, state: State, done: int = 0) -> Iterator[tuple[int, State]]:
-    """Goes on after `done` steps; yields the number and the state of every step."""
-    step_function = functools.partial(_step, task, make_optimizer(task))
-    compiled = jax.jit(step_function, donate_argnums=0)
+def fit(
+    task: Task, state: State, done: int = 0, mesh: Mesh | None = None
+) -> Iterator[tuple[int, State]]:
+    """Goes on after `done` steps; yields the number and the state of every step.
+
+    The state lies on the mesh, by default that of one device, as `mesh.layout` says.
+    """
+    mesh = make_mesh(MeshSettings()) if mesh is None else mesh
+    shardings = layout(mesh, task, state)
+    step_function = functools.partial(_step, on_mesh(task), make_optimizer(task))
+    compiled = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
+    state = place(state, shardings)
     steps = range(done + 1, task.settings.train.steps + 1)
     for step, batch in zip(steps, task.batches(done)):
-        state = compiled(state, batch, np.int32(step))
+        with jax.set_mesh(mesh):
+            state = compiled(state, cut_batch(mesh, batch), np.int32(step))
         yield step, state
 
 
@@ -74,19 +86,21 @@ def make_optimizer(task: Task) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), adamw, *constraints)
 
 
-def abstract_state(task: Task) -> State:
+def abstract_state(task: Task, mesh: Mesh | None = None) -> State:
     """Shapes and dtypes of the state: traces the model and its loss without computing anything.
 
     Raises:
-        DemoError: the layer refuses what the settings ask for.
+        DemoError: the layer refuses what the settings ask for, on the mesh, if there is one.
     """
+    cut = task if mesh is None else on_mesh(task)
 
     def start_and_step() -> State:
         state = initial_state(task)
-        return _step(task, make_optimizer(task), state, task.example(), jnp.int32(1))
+        return _step(cut, make_optimizer(task), state, task.example(), jnp.int32(1))
 
     try:
-        return jax.eval_shape(start_and_step)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return jax.eval_shape(start_and_step)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise DemoError(f"[attention] {error}") from error
 

@@ -136,6 +136,14 @@ def test_nothing_is_wider_than_a_terminal(capsys):
     assert names == [*flax_mha.IMPLEMENTATIONS, "None", "memory"]
 
 
+def test_a_sequence_over_devices_that_are_not_here(capsys):
+    words = ["--shape", "2x4096x6x128", "--context-axis", "16,all_gather", "--platform", "tpu"]
+    assert overview.main(["explain", *words]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "all_to_all it gives each of the 16 devices of 'context'" in told
+    assert "None ring: the first that can; pallas_tpu: blockwise from T x S" in told
+
+
 def test_all_arguments_of_the_function_can_be_given():
     """A new argument of `dot_product_attention` needs an option here, or a reason."""
     import inspect
@@ -151,6 +159,8 @@ def test_all_arguments_of_the_function_can_be_given():
     ("words", "said"),
     [
         ([], "required: --shape"),
+        (["--shape", "2x8x2x8", "--context-axis", "4,rong"], r"4,ring,zigzag\. .*'rong'"),
+        (["--shape", "2x8x2x8", "--context-axis", "four"], r"Received: 'four'"),
         (["--shape", "8x4096"], r"four sizes, BxTxNxH such as 8x4096x8x128.* Received: '8x4096'"),
         (["--shape", "8x4096x8x128x2"], r"four sizes, BxTxNxH"),
         (["--shape", "8,4096,8,128"], r"four sizes, BxTxNxH"),

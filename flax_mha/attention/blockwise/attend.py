@@ -47,7 +47,7 @@ def attend(inputs: Inputs, options: Options) -> Output:
 def attend_by(engine: Engine, inputs: Inputs, options: Options) -> Output:
     """The same, where `engine` computes the result and its first gradient."""
     if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):
-        return nothing(inputs)
+        return _nothing(inputs)
     facts, arrays = split(varying_alike(inputs), options)
     signature = Signature.of(options, facts, arrays)
     context, row_max, row_sum = _softmax(engine, signature, facts, tuple(arrays.values()))
@@ -55,7 +55,7 @@ def attend_by(engine: Engine, inputs: Inputs, options: Options) -> Output:
     return Output(context.astype(dtype), None, Residuals(row_max, row_sum))
 
 
-def nothing(inputs: Inputs) -> Output:
+def _nothing(inputs: Inputs) -> Output:
     """No query or no key: nobody attends to anything."""
     B, T, N, _ = inputs.query_BTNH.shape
     V, dtype = inputs.value_BSKV.shape[-1], inputs.value_BSKV.dtype

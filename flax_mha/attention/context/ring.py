@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention.blockwise.attend import nothing
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.context.axis import Devices
 from flax_mha.attention.context.broken import quarantine_along
@@ -79,11 +78,8 @@ def attend(
     sinks_N, inputs = inputs.sinks_N, dataclasses.replace(inputs, sinks_N=None)
     ring = Ring(devices, implementation, options, *reach(inputs, devices))
     safe, broken_BT = quarantine_along(ring, inputs)
-    if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):
-        output = nothing(safe)
-    else:
-        context, *rows = _attend(ring, safe)
-        output = Output(context.astype(inputs.value_BSKV.dtype), None, Residuals(*rows))
+    context, *rows = _attend(ring, safe)
+    output = Output(context.astype(inputs.value_BSKV.dtype), None, Residuals(*rows))
     output = with_sinks(output, sinks_N)
     return output._replace(context_BTNV=poison(output.context_BTNV, broken_BT))
 

@@ -13,7 +13,7 @@ from typing import Any
 from flax_mha.attention.context import exchange, gather, ring
 from flax_mha.attention.context.axis import ContextAxis, Devices
 from flax_mha.attention.contract import Inputs, Options, Output
-from flax_mha.attention.implementations import known
+from flax_mha.attention.implementations import chosen, known, run
 from flax_mha.core import checks
 
 MODULES: dict[str, Any] = {"ring": ring, "all_gather": gather, "all_to_all": exchange}
@@ -42,4 +42,6 @@ def run_context(
         rule = f"strategy={name!r} cannot serve this call: {refused[name]}."
         shapes = f"query {inputs.query_BTNH.shape}, key {inputs.key_BSKH.shape} on a device"
         checks.fail(NotImplementedError, rule, shapes, f"Those that can: {able}.")
+    if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):  # there is nothing to send
+        return run(chosen(implementation, inputs, options), inputs, options)
     return MODULES[name].attend(devices, implementation, inputs, options)

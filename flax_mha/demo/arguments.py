@@ -1,0 +1,48 @@
+"""What stands on the command line, as values; argparse prints what is wrong with it."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def of_many(text: str) -> tuple[int, int]:
+    """Which of how many.
+
+    Example:
+        >>> of_many("1/4")
+        (1, 4)
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, as 0/2, not {text!r}")
+    return int(number), int(count)
+
+
+def host_and_port(text: str) -> str:
+    """Where processes meet."""
+    host, _, port = text.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, as 10.0.0.1:7000, not {text!r}")
+    return text
+
+
+def above_zero(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
