@@ -23,7 +23,8 @@ class ContextAxis:
     Attributes:
         name: an axis of the mesh.
         strategy: "ring", keys and values travel from device to device while they are attended to;
-            "X
+            "all_gather", each device gets all of them; "all_to_all", the devices exchange lengths
+            for heads; None, the first of these that serves the call.
         layout: "contiguous", device i has the i-th part of the sequence; or "zigzag", of 2 n parts
             the i-th and the (2 n - 1 - i)-th, so that all have the same work in causal order. The
             tokens then stand in the order of `zigzag_order`.
