@@ -151,7 +151,6 @@ def test_killed_in_mid_step_and_resumed(run_of, tmp_path):
 @pytest.mark.parametrize(
     ("count", "lost", "target", "mesh"),
     [
-        (2, 0, "command", ["--set=mesh.data=4"]),
         (4, 2, "command", ["--set=mesh.data=4", "--set=mesh.heads=2"]),
         (4, 0, "child", ["--set=mesh.data=2", "--set=mesh.context=4"]),
     ],
