@@ -6,13 +6,18 @@ a broken example in a packed batch breaks itself and no neighbour, forward and b
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.contract import Inputs
 from flax_mha.core.nans import nan_where
+from flax_mha.core.sizes import at_least, is_known
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
+
+MANY, ROWS = 1024, 128  # queries from which on they are looked at in parts, and those of a part
 
 
 def quarantine(inputs: Inputs) -> tuple[Inputs, Array | None]:
@@ -52,11 +57,20 @@ def finite_rows(inputs: Inputs) -> tuple[Array, Array]:
     return _finite(query_BTNH), _finite(key_BSKH) & _finite(value_BSKV)
 
 
-def meets_broken_key(mask: Mask, key_ok_BS: Array, T: int) -> Array:
-    """Whether a query may attend to a broken key by structure; dense masks may be per head."""
-    structure = dataclasses.replace(mask, dense_masks=())
-    allowed_b1TS = structure.as_array(T, key_ok_BS.shape[1])
-    return (allowed_b1TS[:, 0] & ~key_ok_BS[:, None, :]).any(-1)
+def meets_broken_key(mask: Mask, key_ok_BS: Array, T: Any) -> Array:
+    """Whether a query may attend to a broken key by structure; dense masks may be per head.
+
+    Of some queries at a time: XLA's CPU would write down the `[T, S]` booleans.
+    """
+    structure, S = dataclasses.replace(mask, dense_masks=()), key_ok_BS.shape[1]
+
+    def of_queries(mask: Mask, T: Any) -> Array:
+        return (mask.as_array(T, S)[:, 0] & ~key_ok_BS[:, None, :]).any(-1)
+
+    if at_least(T, MANY) is not True or not is_known(T):
+        return of_queries(structure, T)
+    one = lambda t: of_queries(structure.take_queries(t[None], S), 1)[:, 0]  # noqa: E731
+    return jax.lax.map(one, jnp.arange(T, dtype="int32"), batch_size=ROWS).swapaxes(0, 1)
 
 
 def _rows(x: Array, stay: Array | None) -> Array:

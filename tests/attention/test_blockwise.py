@@ -50,6 +50,31 @@ def test_memory_target_of_16384_tokens():
     assert compiled.memory_analysis().temp_size_in_bytes <= 256e6
 
 
+def test_memory_of_packed_sequences_is_linear():
+    """Which queries meet NaN of a token in their own segment is found without `[T, S]`."""
+
+    def temporaries(T):
+        x, ids = jax.ShapeDtypeStruct((1, T, N, H), jnp.float32), jnp.zeros((1, T), "int32")
+        attend = lambda x, ids: dot_product_attention(x, x, x, mask=Mask.segments(ids, ids))
+        compiled = jax.jit(attend).lower(x, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(4096), temporaries(16384)
+    assert many < 4.5 * few
+    assert many < 16384**2 / 10
+
+
+@pytest.mark.parametrize("T", [1100, 1280])
+def test_a_broken_token_of_a_long_packed_sequence(T):
+    """Of many queries, looked at in parts: all of the segment are NaN, and no other."""
+    ids = jnp.arange(T)[None] // 300
+    x = normal(0, 1, T, N, H)
+    call = dict(mask=Mask.segments(ids, ids), implementation="blockwise", is_causal=True)
+    context = dot_product_attention(x, x.at[0, 650].set(jnp.nan), x, **call)
+    expected = (jnp.arange(T) >= 650) & (jnp.arange(T) < 900)
+    np.testing.assert_array_equal(jnp.isnan(context).any((0, 2, 3)), expected)
+
+
 def test_tiles_without_a_common_segment_are_skipped():
     """NaN in skipped tiles' keys cannot show it, so the program must: a branch in the loop."""
     ids = jnp.repeat(jnp.arange(4), 16)[None]
