@@ -37,7 +37,7 @@ def canonical(
     block_sizes: tuple[int, int] | None,
     return_weights: bool,
     return_residuals: bool,
-    devices: int = 1,
+    devices: int,
 ) -> tuple[Inputs, Options]:
     """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included.
 

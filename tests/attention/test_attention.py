@@ -12,7 +12,7 @@ from helpers import assert_close, normal, x64
 from implementations import ELSEWHERE, HERE, SLOW
 
 from flax_mha import IMPLEMENTATIONS, Mask, dot_product_attention, explain
-from flax_mha.attention import dispatch, implementations
+from flax_mha.attention import explanation, implementations
 from flax_mha.attention.canonical import canonical
 from flax_mha.attention.contract import Output
 
@@ -287,7 +287,7 @@ class Picky:
 @pytest.fixture
 def picky(monkeypatch):
     table = {"picky": Picky, **IMPLEMENTATIONS}
-    for module in (dispatch, implementations):
+    for module in (explanation, implementations):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
 
 
@@ -327,7 +327,7 @@ def test_explain_sees_the_values_of_a_mask():
 def test_explain_takes_the_arguments_of_the_function():
     takes = inspect.signature(dot_product_attention).parameters
     own = inspect.signature(canonical).parameters
-    assert set(takes) == {*own, "implementation"}
+    assert {*takes, "devices"} == {*own, "implementation", "context_axis"}
     assert all(own[name].default is inspect.Parameter.empty for name in own)  # they stand once
     with pytest.raises(TypeError, match="casual"):
         explain(*[normal(0, B, T, N, H)] * 3, casual=True)

@@ -15,7 +15,7 @@ from helpers import assert_close, normal
 from jax import export
 
 from flax_mha import Mask, dot_product_attention
-from flax_mha.attention import DistanceBias, dispatch
+from flax_mha.attention import DistanceBias, implementations
 from flax_mha.attention.blockwise import tile_sizes
 from flax_mha.attention.blockwise.attend import attend_by, unsupported
 from flax_mha.attention.blockwise.engine import Blocks
@@ -52,7 +52,7 @@ class Implementation:
 def turned(monkeypatch):
     """Under a name of its own, and for tiles of few queries, too."""
     monkeypatch.setattr(tile_sizes, "LANES", 1)
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "turned", Implementation)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "turned", Implementation)
 
 
 def run(implementation, arrays, call, dtype, block_sizes):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,9 @@ def beside(arrays, implementation, call):
 
 
 def mesh_of(sizes, kind=AxisType.Auto):
-    return jax.make_mesh(sizes, ("data", "heads", "context"), axis_types=(kind,) * 3)
+    devices = jax.devices()[: math.prod(sizes)]
+    names = ("data", "heads", "context")
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * 3, devices=devices)
 
 
 def along(sizes, axis, feature, implementation=None, kind=AxisType.Auto, dtype="float32"):

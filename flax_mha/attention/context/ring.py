@@ -169,7 +169,7 @@ def _apart(moving: Moving) -> tuple[Any, Moving]:
 def _hop_gradient(
     ring: Ring, inputs: Inputs, source: Array, softmax: Softmax, cotangents: Softmax
 ) -> Moving:
-    """What the keys at hand add to each gradient, in float32 at least."""
+    """What the keys at hand add to each gradient; it is summed in float32 at least."""
     size, wide = inputs.query_BTNH.shape[1] // ring.devices.pieces, wide_dtype
 
     def calls(moving: Moving) -> Any:

@@ -4,9 +4,11 @@ Each mesh meets each strategy, and each strategy each feature. `EVERY_ROW=1 pyth
 runs the whole product of 477 rows.
 """
 
+import functools
 import itertools
 import os
 
+import jax
 import pytest
 from context_cases import FEATURES, MESHES, STRATEGIES, along, assert_alike, axis_of, expected
 from jax.sharding import AxisType
@@ -100,6 +102,26 @@ def test_explicit_axes(sizes, strategy, feature):
 def test_sixteen_bits(strategy, layout, feature):
     results = along((2, 1, 4), axis_of(strategy, layout), feature, dtype="bfloat16")
     compare(results, expected(feature, "bfloat16"), TOLERANCES["bfloat16"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "layout", "feature"),
+    [
+        ("ring", "zigzag", "segments"),
+        ("ring", "contiguous", "dropout"),
+        ("ring", "contiguous", "offsets"),
+        ("ring", "contiguous", "cross"),
+        ("all_gather", "zigzag", "dropout"),
+    ],
+)
+def test_an_interpreted_kernel(strategy, layout, feature, monkeypatch):
+    """Pallas's interpreter does not know types that say what varies over a mesh."""
+    unchecked = functools.partial(jax.shard_map, check_vma=False)
+    monkeypatch.setattr(jax, "shard_map", unchecked)
+    axis = axis_of(strategy, layout)
+    results = along((1, 1, 2), axis, feature, implementation="pallas_interpreted")
+    compare(results, expected(feature), 1e-5)
 
 
 @pytest.mark.slow
