@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_mha.core import checks
+from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -123,7 +126,7 @@ class Devices:
 
     def gather(self, x: Array, axis: int) -> Array:
         """All devices' entries along an axis, in the sequence's order."""
-        return self.in_order(jax.lax.all_gather(x, self.name, axis=axis, tiled=True), axis)
+        return self.in_order(_gathered(x, self.name, axis), axis)
 
     def in_order(self, x: Array, axis: int) -> Array:
         """Entries that stand device by device, put into the sequence's order."""
@@ -142,3 +145,19 @@ class Devices:
         first, second = (jax.lax.index_in_dim(split, i, axis, False) for i in range(2))
         both = jnp.stack([first, jnp.flip(second, axis)], axis + 1)
         return both.reshape(x.shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, name: str, axis: int) -> Array:
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+
+@_gathered.defjvp
+def _tangent(name: str, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """In float32 at least, in which its transpose then sums: see `core.varying`."""
+    (x,), (d_x,) = primals, tangents
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        whole = _gathered(x, name, axis)
+        return whole, np.zeros(whole.shape, jax.dtypes.float0)  # type: ignore[return-value]
+    d_whole = jax.lax.all_gather(d_x.astype(wide_dtype(x.dtype)), name, axis=axis, tiled=True)
+    return _gathered(x, name, axis), d_whole.astype(x.dtype)

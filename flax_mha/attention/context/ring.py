@@ -44,7 +44,7 @@ from flax_mha.attention.quarantine import poison
 from flax_mha.attention.sinks import with_sinks
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
-from flax_mha.core.varying import full, varying_alike
+from flax_mha.core.varying import full
 
 
 def unsupported(
@@ -74,7 +74,7 @@ def attend(
     devices: Devices, implementation: str | None, inputs: Inputs, options: Options
 ) -> Output:
     """The device's part of the attention to all keys."""
-    inputs, options = varying_alike(inputs), aligned(options, inputs, devices)
+    options = aligned(options, inputs, devices)
     sinks_N, inputs = inputs.sinks_N, dataclasses.replace(inputs, sinks_N=None)
     ring = Ring(devices, implementation, options, *reach(inputs, devices))
     safe, broken_BT = quarantine_along(ring, inputs)

@@ -15,6 +15,7 @@ from flax_mha.attention.context.axis import ContextAxis, Devices
 from flax_mha.attention.contract import Inputs, Options, Output
 from flax_mha.attention.implementations import chosen, known, run
 from flax_mha.core import checks
+from flax_mha.core.varying import varying_alike
 
 MODULES: dict[str, Any] = {"ring": ring, "all_gather": gather, "all_to_all": exchange}
 RULE = "the first that can"
@@ -44,4 +45,4 @@ def run_context(
         checks.fail(NotImplementedError, rule, shapes, f"Those that can: {able}.")
     if 0 in (*inputs.query_BTNH.shape[:3], inputs.key_BSKH.shape[1]):  # there is nothing to send
         return run(chosen(implementation, inputs, options), inputs, options)
-    return MODULES[name].attend(devices, implementation, inputs, options)
+    return MODULES[name].attend(devices, implementation, varying_alike(inputs), options)

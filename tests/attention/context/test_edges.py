@@ -19,6 +19,7 @@ from flax_mha import (
     zigzag_inverse,
     zigzag_order,
 )
+from flax_mha.attention import DistanceBias
 
 T = 16
 X = [normal(i, 2, T, 4, 8) for i in range(3)]
@@ -226,6 +227,42 @@ def test_weights_are_returned_where_they_can_be(strategy, layout):
     axis = axis_of(strategy, layout)
     _, weights = on_mesh(lambda *x: dot_product_attention(*x, **call, context_axis=axis), *stored)
     close(weights[:, :, back][..., back], dot_product_attention(*X, **call)[1])
+
+
+@pytest.mark.parametrize(
+    "strategy", ["all_gather", *(pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES)]
+)
+@pytest.mark.parametrize("opens", [True, False], ids=["opened", "the caller's"])
+def test_gradients_of_sixteen_bits_that_devices_share(strategy, opens):
+    """Summed over the devices in float32: of a sum of bfloat16 XLA's CPU dies, with the process."""
+    shared = {
+        "sinks": normal(5, 4),
+        "bias": normal(6, 1, 4, 1, T),
+        "distances": normal(7, 4, 2 * T - 1),
+    }
+    arrays = [x.astype("bfloat16") for x in (*X, *shared.values())]
+
+    def attend(query, key, value, sinks, bias, distances, axis=None):
+        call = dict(sinks=sinks, bias=bias, distance_bias=DistanceBias(distances, first=1 - T))
+        return dot_product_attention(query, key, value, **call, context_axis=axis)
+
+    along = functools.partial(attend, axis=axis_of(strategy))
+    if not opens:
+        cut = P(None, "context")
+        along = jax.shard_map(
+            along, in_specs=(cut,) * 3 + (P(),) * 3, out_specs=cut, axis_names={"context"}
+        )
+
+    def gradients(attend, arrays):
+        loss = lambda *arrays: (attend(*arrays).astype("float32") ** 2).sum()
+        return jax.grad(loss, tuple(range(6)))(*arrays)
+
+    expected = gradients(attend, [x.astype("float32") for x in arrays])
+    actual = on_mesh(lambda *arrays: gradients(along, arrays), *arrays)
+    for one, other in zip(actual, expected):
+        assert one.dtype == "bfloat16"
+        scale = float(jnp.abs(other).max())
+        np.testing.assert_allclose(one.astype("float32") / scale, other / scale, atol=2e-2)
 
 
 # --- order of the tokens ------------------------------------------------------------------------
