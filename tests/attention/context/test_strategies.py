@@ -47,6 +47,8 @@ def few(rows, *quick):
         ((2, 2, 2), "ring", "segments"),
         ((1, 1, 8), "all_gather", "dropout"),
         ((2, 1, 4), "all_to_all", "ALiBi"),
+        ((1, 1, 8), "ring", "window"),  # of fewer hops than devices
+        ((1, 1, 8), "ring", "both sides"),
     ),
     ids=name_of,
 )
