@@ -207,13 +207,20 @@ def test_in_a_shard_map_of_the_caller():
 
 
 def test_in_a_shard_map_over_another_axis():
-    """Which leaves the context axis automatic: the call opens it."""
+    """Which leaves the context axis automatic: the call opens it.
+
+    jax 0.7 cannot lower `jax.lax.axis_index` in a `shard_map` within another.
+    """
     mesh = mesh_of(MESH)
     attend = functools.partial(dot_product_attention, context_axis="context", is_causal=True)
     cut = P("data")
     sharded = jax.shard_map(
         attend, mesh=mesh, in_specs=cut, out_specs=cut, axis_names={"data", "heads"}
     )
+    if jax.__version_info__ < (0, 8):
+        with pytest.raises(ValueError, match="verifier errors"):
+            jax.jit(sharded)(*X)
+        return
     close(jax.jit(sharded)(*X), dot_product_attention(*X, is_causal=True))
 
 
