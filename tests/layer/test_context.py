@@ -137,6 +137,17 @@ def test_lengths_that_do_not_divide_and_cross_attention():
     np.testing.assert_allclose(no_batch, one[0], atol=1e-5)
 
 
+def test_zigzag_of_one_device_is_any_length():
+    config = MultiHeadAttentionConfig(
+        N, H, position="rotary", context_axis=axis_of("ring", "zigzag")
+    )
+    params, x = params_of(config), normal(0, 2, 7, D)
+    one = multi_head_attention(params, x, x, config=config.replace(context_axis=None))
+    with jax.set_mesh(mesh_of((8, 1, 1))):
+        output = multi_head_attention(params, x, x, config=config)
+    np.testing.assert_allclose(output, one, atol=1e-5)
+
+
 def test_the_modules_take_it():
     x = normal(0, B, T, D)
     with jax.set_mesh(mesh_of((1, 1, 8))):

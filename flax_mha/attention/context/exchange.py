@@ -77,12 +77,12 @@ def _to_lengths(devices: Devices, x: Array, length: int, heads: int) -> Array:
     return jax.lax.all_to_all(x, devices.name, length, heads, tiled=True)
 
 
-def _heads(devices: Devices, x: Array | None) -> Any:
-    """The device's heads of an array that all have, by its first axis."""
+def _heads(devices: Devices, x: Array | None, axis: int = 0) -> Any:
+    """The device's heads of an array that all devices have."""
     if x is None:
         return None
-    size = x.shape[0] // devices.n
-    return jax.lax.dynamic_slice_in_dim(x, devices.index() * size, size, axis=0)
+    size = x.shape[axis] // devices.n
+    return jax.lax.dynamic_slice_in_dim(x, devices.index() * size, size, axis=axis)
 
 
 def _mask(devices: Devices, mask: Mask) -> Mask:
@@ -106,6 +106,5 @@ def _scores(devices: Devices, x: Array | None) -> Any:
     if x.shape[1] > 1 and x.shape[2] > 1:
         return _to_heads(devices, x, 2, 1)
     if x.shape[1] > 1:
-        size = x.shape[1] // devices.n
-        return jax.lax.dynamic_slice_in_dim(x, devices.index() * size, size, axis=1)
+        return _heads(devices, x, axis=1)
     return devices.gather(x, 2) if x.shape[2] > 1 else x

@@ -41,4 +41,5 @@ def order_of(axis: ContextAxis | None, length: int) -> np.ndarray | None:
     """The order in which a call has the whole sequence; None = as it is."""
     if axis is None or axis.layout == "contiguous":
         return None
-    return zigzag_order(length, jax.sharding.get_abstract_mesh().shape[axis.name])
+    n = jax.sharding.get_abstract_mesh().shape[axis.name]
+    return zigzag_order(length, n) if n > 1 else None

@@ -152,10 +152,8 @@ def _of_heads(ring: Ring, inputs: Inputs, softmax: Softmax, cotangents: Softmax)
         add = functools.partial(jax.tree.map, jnp.add)
         return (onward, add(arrived, d_pair), add(d_own, d_rest)), None
 
-    keys, zeros = (
-        devices.shift(Keys.of(inputs), ring.first),
-        jax.tree.map(_zeros, moving_of(inputs)),
-    )
+    keys = devices.shift(Keys.of(inputs), ring.first)
+    zeros = jax.tree.map(_zeros, moving_of(inputs))
     (_, d_keys, d_own), _ = jax.lax.scan(hop, (keys, *_apart(zeros)), ring.counts)
     d_key, d_value = devices.shift(d_keys, 1 - ring.first - ring.hops)
     return d_own._replace(key=d_key, value=d_value)

@@ -1,9 +1,10 @@
 """The strategies by name, which of them serves a call, and how one runs on its device.
 
-A strategy is a module with two functions, as an implementation is:
+A strategy is a module with three functions; its name stands in `axis.STRATEGIES` too:
 
     unsupported(devices, implementation, inputs, options) -> str | None
     attend(devices, implementation, inputs, options) -> Output
+    call_of(devices, inputs) -> Inputs: what a device computes at once, for `explain`
 
 The inputs are a device's, as `shard` says; the implementation is a name, or None.
 """

@@ -20,6 +20,8 @@ from flax_mha import (
     zigzag_order,
 )
 from flax_mha.attention import DistanceBias
+from flax_mha.attention.context.axis import STRATEGIES as STRATEGY_NAMES
+from flax_mha.attention.context.strategies import MODULES
 
 T = 16
 X = [normal(i, 2, T, 4, 8) for i in range(3)]
@@ -270,6 +272,10 @@ def test_gradients_of_sixteen_bits_that_devices_share(strategy, opens):
         assert one.dtype == "bfloat16"
         scale = float(jnp.abs(other).max())
         np.testing.assert_allclose(one.astype("float32") / scale, other / scale, atol=2e-2)
+
+
+def test_the_strategies_have_one_list_of_names():
+    assert tuple(MODULES) == STRATEGY_NAMES
 
 
 # --- order of the tokens ------------------------------------------------------------------------
