@@ -18,6 +18,7 @@ from flax_mha.core import checks
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.frozen import Frozen, Positive
 from flax_mha.core.typing import Array
+from flax_mha.positions.angles import angles, concrete
 from flax_mha.positions.scalings import Scaling
 
 
@@ -78,10 +79,13 @@ class Rotary(Frozen):
         return plain if self.scaling is None else self.scaling(plain, self.base)
 
     def __call__(self, x_BTNH: Array, position_bT: Array) -> Array:
-        """The heads turned, `[B, T, N, H]`; positions `[B or 1, T]`. At least float32 inside."""
+        """The heads turned, `[B, T, N, H]`; positions `[B or 1, T]`. At least float32 inside.
+
+        Angles are exact at every integer position, a million and beyond: see `angles`.
+        """
         wide = wide_dtype(x_BTNH.dtype)
-        frequencies = jnp.asarray(self.frequencies(x_BTNH.shape[-1]), wide)
-        angle_bTi = position_bT.astype(wide)[..., None] * frequencies[None, None]
+        frequencies = concrete(lambda: self.frequencies(x_BTNH.shape[-1]))
+        angle_bTi = angles(jnp.asarray(position_bT)[..., None], frequencies, wide)
         factor = 1.0 if self.scaling is None else self.scaling.magnitude()
         cos, sin = (factor * wave(angle_bTi)[:, :, None] for wave in (jnp.cos, jnp.sin))
         turning, rest = jnp.split(x_BTNH, [2 * len(frequencies)], -1)
