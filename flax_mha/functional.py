@@ -66,7 +66,7 @@ def multi_head_attention(
             Rotary positions count the tokens of each id: an id that comes back counts on.
         positions: integers `[B, T]`, or a pair `([B, T], [B, S])`, for rotary embedding; None =
             0, 1, 2, ..., from the cache's length on where there is one. With a `CrossCache`, those
-            of the queries alone.
+            of the queries alone. For `AxialRotary` integers or floats, `[axes, B, T]` too.
         cache: a `KVCache`, which takes in the T new tokens, each of which sees those before it;
             `value_mask` marks the real ones (right padding). Or a `CrossCache`, which counts the
             queries; `query_mask` marks the real ones.

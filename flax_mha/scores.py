@@ -121,7 +121,7 @@ def _of_rows(
     if distances is not None:
         dense = distances.of_queries(rows, folding.S)
         bias = dense if bias is None else bias + dense
-    position_bR = take(call.query_position_bT, 1)
+    position_bR = take(call.query_position_bT, -1)
     of_rows = call._replace(query_BTD=call.query_BTD[:, rows], query_position_bT=position_bR)
     key_BSKH = key_heads(params, call, config)
     _, weights_BNRS = dot_product_attention(

@@ -44,8 +44,8 @@ PUBLIC = {
     "flax_mha.nnx": "MultiHeadAttention",
     "flax_mha.plots": "plot_attention plot_bands plot_mask",
     "flax_mha.positions": """
-        Alibi DistanceFunction LinearScaling Llama3Scaling RelativeBias Rotary Scaling YarnScaling
-        alibi_slopes
+        Alibi AxialRotary DistanceFunction LinearScaling Llama3Scaling RelativeBias Rotary Scaling
+        YarnScaling alibi_slopes
     """,
 }
 # Handed on at the top too, where people find them first.

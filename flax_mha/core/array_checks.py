@@ -118,6 +118,24 @@ def integer_ids(name: str, value: Any) -> Array:
     return jnp.asarray(value)
 
 
+def token_positions(name: str, value: Any, *, floats: bool) -> Array:
+    """Where tokens stand: integers, or floats too where the config's position reads such."""
+    kind = "integers or floats" if floats else "integers"
+    rule = f"`{name}` must be an array of {kind}, one a token (and axis)."
+    if not is_array(value):
+        fail(TypeError, rule, f"{name} of type {type(value).__name__}", "Pass `jnp.asarray(...)`.")
+    known_dtype(name, value, rule)
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        if not floats:
+            remedy = "Cast them, or set `position=AxialRotary(...)`, which reads coordinates."
+            fail(TypeError, rule, f"{name} of dtype {value.dtype}", remedy)
+        return jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        fail(TypeError, rule, f"{name} of dtype {value.dtype}")
+    fits(name, value)
+    return jnp.asarray(value)
+
+
 def positions(name: str, value: Any) -> Array:
     """Integers `[R]`, of 32 bits or more."""
     rule = f"`{name}` must be integers [R], each in [0, T)."

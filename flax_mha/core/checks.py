@@ -21,6 +21,7 @@ from flax_mha.core.array_checks import is_array as is_array
 from flax_mha.core.array_checks import known_dtype as known_dtype
 from flax_mha.core.array_checks import positions as positions
 from flax_mha.core.array_checks import rows_within as rows_within
+from flax_mha.core.array_checks import token_positions as token_positions
 from flax_mha.core.errors import fail as fail
 from flax_mha.core.typing import DType, Shape
 

@@ -1,10 +1,13 @@
 """What a call of the layer is given, checked as far as types tell: before tracing hides values."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from flax_mha.attention.dropout import start_of
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
+from flax_mha.positions import Rotary
 
 Arrays: TypeAlias = tuple[Any, Any, Any]  # query, value, key
 
@@ -41,10 +44,10 @@ def checked_restrictions(
         rule = "`config` must be a MultiHeadAttentionConfig."
         checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
     checks.x64_enabled("dtype", config.dtype)
-    return _checked(restrictions)
+    return _checked(config, restrictions)
 
 
-def _checked(restrictions: Restrictions) -> Restrictions:
+def _checked(config: MultiHeadAttentionConfig, restrictions: Restrictions) -> Restrictions:
     masks = {
         name: checks.boolean_mask(name, mask)
         for name, mask in restrictions._asdict().items()
@@ -52,16 +55,21 @@ def _checked(restrictions: Restrictions) -> Restrictions:
     }
     if restrictions.bias is not None:
         checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
-    ids = {name: _ids(name, getattr(restrictions, name)) for name in ("segment_ids", "positions")}
+    floats = isinstance(config.position, Rotary) and config.position.takes_floats
+    read = functools.partial(checks.token_positions, floats=floats)
+    ids = {
+        "segment_ids": _ids("segment_ids", restrictions.segment_ids, checks.integer_ids),
+        "positions": _ids("positions", restrictions.positions, read),
+    }
     dropout_start = start_of(restrictions.dropout_start)
     return restrictions._replace(**masks, **ids, dropout_start=dropout_start)
 
 
-def _ids(name: str, value: Any) -> Any:
-    """Integers or a pair, looked at before `jit` keeps 32 bits of 64."""
+def _ids(name: str, value: Any, check: Callable[[str, Any], Any]) -> Any:
+    """One array or a pair, looked at before `jit` keeps 32 bits of 64."""
     if value is None or checks.is_array(value):
-        return None if value is None else checks.integer_ids(name, value)
+        return None if value is None else check(name, value)
     if not isinstance(value, tuple | list) or len(value) != 2:
         rule = f"`{name}` must be integers [B, T], or a pair ([B, T], [B, S])."
         checks.fail(TypeError, rule, f"{name} of type {type(value).__name__}")
-    return tuple(checks.integer_ids(name, array) for array in value)
+    return tuple(check(name, array) for array in value)

@@ -1,5 +1,6 @@
 """Where queries and keys stand: positions for rotary embedding, distances for biases."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,16 @@ from flax_mha.attention.context.positions import positions as positions_along
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.folding import Folding
-from flax_mha.core.typing import Array, ParamsLike
+from flax_mha.core.typing import Array, ParamsLike, Shape
 from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.positions import DistanceFunction, Rotary
 
 
 class Positions(NamedTuple):
-    """Integers `[b, T]` and `[b, S]`, where b is 1 or B; None where nothing reads them."""
+    """`[b, T]` and `[b, S]`, where b is 1 or B; of several axes `[axes, b, T]`.
+
+    None where nothing reads them.
+    """
 
     query_bT: Array | None
     key_bS: Array | None
@@ -40,9 +44,13 @@ def positions_of(
             checks.fail(ValueError, rule, evidence, 'Set `position="rotary"`.')
         return Positions(None, None)
     if isinstance(cache, CrossCache):
-        return Positions(_beside_source(positions, segment_ids, folding, cache), None)
+        return Positions(
+            _beside_source(config.position, positions, segment_ids, folding, cache), None
+        )
     if positions is not None:
-        return Positions(*folded_pair("positions", positions, folding))
+        query, key = _pair("positions", positions, folding)
+        read = functools.partial(_folded, config.position, folding=folding)
+        return Positions(read(query, folding.targets, "T"), read(key, folding.sources, "S"))
     axis = config.context_axis if cache is None else None
     if segment_ids is not None:
         pair = folded_pair("segment_ids", segment_ids, folding)
@@ -52,7 +60,9 @@ def positions_of(
     return Positions(*(index_1L + offset_B1 for index_1L in counted))
 
 
-def _beside_source(positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache) -> Array:
+def _beside_source(
+    rotary: Rotary, positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache
+) -> Array:
     """Those of the queries alone: the keys of an encoder were turned when they were projected."""
     if positions is not None:
         if not checks.is_array(positions):
@@ -60,8 +70,7 @@ def _beside_source(positions: Any, segment_ids: Any, folding: Folding, cache: Cr
             evidence = f"positions of type {type(positions).__name__}"
             remedy = "The keys stand at 0, 1, ...: they were turned when they were projected."
             checks.fail(ValueError, rule, evidence, remedy)
-        query = checks.integer_ids("positions", positions)
-        return folding.fold_padding("positions", query, folding.targets, "T")
+        return _folded(rotary, positions, folding.targets, "T", folding)
     if segment_ids is not None:
         rule = "A CrossCache holds keys at the positions 0, 1, ..., not anew in each segment."
         evidence = "segment_ids, and rotary embedding without positions"
@@ -82,18 +91,49 @@ def distance_bias(
     return DistanceBias(values_NL, first=first)
 
 
+def _folded(
+    rotary: Rotary, positions: Array, lengths: Shape, letter: str, folding: Folding
+) -> Array:
+    """`[b, T]` of `[*batch, T]`; `[axes, b, T]` of `[axes, *batch, T]`: the rank tells them apart.
+
+    Axes are as many as the batch may have examples, so an array with axes has all axes of a batch.
+    """
+    rank, A = len(folding.batch) + len(lengths), rotary.axes
+    _check_axes(positions, (*folding.batch, *lengths), A, letter)
+    fold = functools.partial(folding.fold_padding, "positions", lengths=lengths, letter=letter)
+    if positions.ndim > rank:
+        return jnp.stack([fold(of_axis) for of_axis in positions])
+    return fold(positions)
+
+
+def _check_axes(positions: Array, full: Shape, A: int, letter: str) -> None:
+    rule = f"`positions` must be [*batch, {letter}] = {full}, or [axes, *batch, {letter}]."
+    evidence = f"shape {positions.shape}, and a position of {A} axes in the config"
+    extra = positions.ndim - len(full)
+    if extra > 1 or (extra == 1 and len(positions) != A):
+        checks.fail(ValueError, rule, evidence, "Several axes are read by `AxialRotary`.")
+    if extra == 0 and len(full) > 1 and len(positions) == A > 1 and full[0] != A:
+        checks.fail(ValueError, rule, evidence, "Axes stand before a batch: `positions[:, None]`.")
+
+
 def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:
     """Integers `[b, T]` and `[b, S]`, from one array for self-attention or from a pair."""
-    if checks.is_array(value):
-        if folding.targets != folding.sources:
-            rule = f"`{name}` must be a pair (queries [B, T], keys [B, S]) where T != S."
-            checks.fail(ValueError, rule, f"one array, T={folding.targets}, S={folding.sources}")
-        value = (value, value)
-    query, key = (checks.integer_ids(name, array) for array in value)
+    query, key = _pair(name, value, folding)
     return (
         folding.fold_padding(name, query, folding.targets, "T"),
         folding.fold_padding(name, key, folding.sources, "S"),
     )
+
+
+def _pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:
+    """Those of the queries and of the keys, of one array the same."""
+    if not checks.is_array(value):
+        query, key = value
+        return query, key
+    if folding.targets != folding.sources:
+        rule = f"`{name}` must be a pair (queries [B, T], keys [B, S]) where T != S."
+        checks.fail(ValueError, rule, f"one array, T={folding.targets}, S={folding.sources}")
+    return value, value
 
 
 def _restarted_along(axis: ContextAxis | None, ids_bT: Array) -> Array:

@@ -6,6 +6,7 @@ on head and distance alone, so that no `[T, S]` array is made.
 
 from flax_mha.positions.alibi import Alibi as Alibi
 from flax_mha.positions.alibi import alibi_slopes as alibi_slopes
+from flax_mha.positions.axial import AxialRotary as AxialRotary
 from flax_mha.positions.distance import DistanceFunction as DistanceFunction
 from flax_mha.positions.relative_bias import RelativeBias as RelativeBias
 from flax_mha.positions.rotary import Rotary as Rotary

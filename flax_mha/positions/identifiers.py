@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 from flax_mha.core import checks
 from flax_mha.core.frozen import Frozen, arguments
 from flax_mha.positions.alibi import Alibi
+from flax_mha.positions.axial import AxialRotary
 from flax_mha.positions.distance import DistanceFunction
 from flax_mha.positions.relative_bias import RelativeBias
 from flax_mha.positions.rotary import Rotary
@@ -23,7 +24,7 @@ def resolve_position(name: str, value: Any) -> PositionEncoding | None:
     if isinstance(value, str):
         return CLASSES[checks.one_of(name, value, CLASSES)]()
     if isinstance(value, Mapping):
-        named = {cls.__name__: cls for cls in CLASSES.values()}
+        named = {cls.__name__: cls for cls in (*CLASSES.values(), AxialRotary)}
         return _from_dict(name, value, named)
     rule = f"`{name}` must be None, one of {list(CLASSES)}, or an object of flax_mha.positions."
     checks.fail(TypeError, rule, f"{value!r} of type {type(value).__name__}")

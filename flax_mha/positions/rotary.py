@@ -9,7 +9,7 @@ Reference: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from flax_mha.core import checks
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.frozen import Frozen, Positive
+from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array
 from flax_mha.positions.angles import angles, concrete
 from flax_mha.positions.scalings import Scaling
@@ -56,8 +57,8 @@ class Rotary(Frozen):
         >>> turned = Rotary()(x, jnp.arange(3)[None])
         >>> bool((turned[:, 0] == 1).all()), round(float(turned[0, 1, 0, 0]), 4)
         (True, -0.3012)
-        >>> Rotary(base=100.0).frequencies(4).tolist()
-        [1.0, 0.1]
+        >>> Rotary(base=100.0).frequencies(4).tolist(), Rotary().axes
+        ([1.0, 0.1], 1)
     """
 
     base: Positive = 10000.0
@@ -65,33 +66,62 @@ class Rotary(Frozen):
     interleaved: Annotated[bool, checks.boolean] = False
     scaling: Annotated[Scaling | None, _scaling] = None
 
+    takes_floats: ClassVar[bool] = False  # whether positions may be floats, of a subclass
+
+    @property
+    def axes(self) -> int:
+        """How many numbers say where a token stands."""
+        return 1
+
     def frequencies(self, H: int) -> np.ndarray:
         """w_i, float64 `[dim / 2]`, for heads of size `H`.
 
         Raises:
             ValueError: an odd number of features, or more than a head has.
         """
+        return self._scaled(self._dim_of(H))
+
+    def _dim_of(self, H: int) -> int:
+        """How many features of a head turn."""
         dim = H if self.dim is None else self.dim
         if dim > H or dim % 2:
             rule = "Rotary embedding needs an even number of features, at most key_dim."
             checks.fail(ValueError, rule, f"dim={self.dim}, key_dim={H}", "Set `dim`.")
+        return dim
+
+    def _scaled(self, dim: int) -> np.ndarray:
+        """base^(-2 i / dim), rescaled."""
         plain = self.base ** (-np.arange(0, dim, 2) / dim)
         return plain if self.scaling is None else self.scaling(plain, self.base)
 
     def __call__(self, x_BTNH: Array, position_bT: Array) -> Array:
         """The heads turned, `[B, T, N, H]`; positions `[B or 1, T]`. At least float32 inside.
 
-        Angles are exact at every integer position, a million and beyond: see `angles`.
+        Angles are exact at every integer position, a million and beyond.
         """
+        position_bT = jnp.asarray(position_bT)
+        if jnp.issubdtype(position_bT.dtype, jnp.integer):
+            return self._turned(x_BTNH, position_bT)
+        # Where padding has NaN for a position, NaN times a zero cotangent would reach the kernels.
+        finite_bT = jnp.isfinite(position_bT)
+        turned = self._turned(x_BTNH, jnp.where(finite_bT, position_bT, 0))
+        wrong = ~finite_bT.reshape(-1, *finite_bT.shape[-2:]).all(0)[..., None, None]
+        return jnp.where(wrong, nan_where(wrong, turned.dtype), turned)
+
+    def _turned(self, x_BTNH: Array, position_bT: Array) -> Array:
         wide = wide_dtype(x_BTNH.dtype)
         frequencies = concrete(lambda: self.frequencies(x_BTNH.shape[-1]))
-        angle_bTi = angles(jnp.asarray(position_bT)[..., None], frequencies, wide)
+        angle_bTi = angles(self._of_pairs(position_bT), frequencies, wide)
         factor = 1.0 if self.scaling is None else self.scaling.magnitude()
         cos, sin = (factor * wave(angle_bTi)[:, :, None] for wave in (jnp.cos, jnp.sin))
         turning, rest = jnp.split(x_BTNH, [2 * len(frequencies)], -1)
         a, b = self._pairs(turning.astype(wide))
         turned = self._joined(a * cos - b * sin, b * cos + a * sin)
         return jnp.concatenate([turned.astype(x_BTNH.dtype), rest], -1)
+
+    def _of_pairs(self, position_bT: Array) -> Array:
+        """The position that each pair turns by, `[b, T, i]`, or `[b, T, 1]` of all pairs."""
+        return position_bT[..., None]
 
     def _pairs(self, x: Array) -> tuple[Array, Array]:
         if self.interleaved:
