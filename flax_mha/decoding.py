@@ -182,7 +182,7 @@ def _projected(
     fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731
     return CrossCache(
         fold(key_heads(params, call, config)),
-        fold(value_heads(params, call)),
+        fold(value_heads(params, call, config)),
         length=jnp.zeros(batch, "int32"),
         mask=None if mask is None else jnp.broadcast_to(mask, (*batch, mask.shape[-1])),
     )

@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 from flax import serialization
 
-from flax_mha.config import MultiHeadAttentionConfig, field_names
+from flax_mha.config.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
@@ -62,8 +62,10 @@ class MultiHeadAttention(nn.Module):
     seed: int | None = None
     num_kv_heads: int | None = None
     position: Any = None
-    qk_norm: str | None = None
-    qk_norm_epsilon: float | None = None
+    qk_norm: Any = None
+    value_norm: Any = None
+    clip_qkv: float | None = None
+    scale: float | None = None
     soft_cap: float | None = None
     use_sinks: bool = False
     dtype: Any = None

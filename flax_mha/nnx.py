@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_mha.config import MultiHeadAttentionConfig, field_names
+from flax_mha.config.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
 from flax_mha.core.signatures import arguments_of
 from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey

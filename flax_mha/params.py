@@ -22,12 +22,13 @@ LETTERS = {
     "value": {"kernel": "MKV", "bias": "KV"},
     "gate": {"kernel": "DNV", "bias": "NV"},
     "attention_output": {"kernel": "NVE", "bias": "E"},
-    "query_norm": {"scale": "H"},
-    "key_norm": {"scale": "H"},
+    # A norm's without the first letter, where all heads share it.
+    "query_norm": {"scale": "NH", "bias": "NH"},
+    "key_norm": {"scale": "KH", "bias": "KH"},
     "relative_bias": {"embedding": "XN"},
     "sinks": {"logits": "N"},
+    "value_norm": {"scale": "KV", "bias": "KV"},
 }
-_CONSTANTS = {"scale": jnp.ones, "embedding": jnp.zeros, "logits": jnp.zeros}
 
 
 def param_shapes(
@@ -47,9 +48,9 @@ def param_shapes(
     Returns:
         `{"query": {"kernel": DNH, "bias": NH}, "key": CKH, "value": MKV, ["gate": DNV,]
         "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False or
-        names others. With `qk_norm="rms"` also "query_norm" and "key_norm" `{"scale": H}`; with
-        `RelativeBias` "relative_bias" `{"embedding": XN}`; with `use_sinks` "sinks"
-        `{"logits": N}`.
+        names others. With a norm that has parameters also "query_norm" and "key_norm", or
+        "value_norm": `{"scale": H}`, or `NH`; with `RelativeBias` "relative_bias"
+        `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`.
 
     Raises:
         TypeError: an array in the place of its shape.
@@ -98,16 +99,20 @@ def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
 def letters_of(name: str, leaf: str, rank: int) -> str:
     """The letters of an array, one an axis: an `output_shape` of several axes repeats its E."""
     letters = LETTERS[name][leaf]
-    return letters + letters[-1] * (rank - len(letters))
+    return letters[-rank:] if rank < len(letters) else letters.ljust(rank, letters[-1])
 
 
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
     """What only some layers have: norms, a table of distances, sinks."""
-    N, _, H, _ = config.dims
+    N, K, H, V = config.dims
     leaf = functools.partial(jax.ShapeDtypeStruct, dtype=config.param_dtype)
-    extras: dict[str, Any] = {}
-    if config.qk_norm == "rms":
-        extras |= {name: {"scale": leaf((H,))} for name in ("query_norm", "key_norm")}
+    sizes = {"query_norm": (N, H), "key_norm": (K, H), "value_norm": (K, V)}
+    shapes = {name: norm.shapes(*sizes[name]) for name, norm in config.norms.items()}
+    extras: dict[str, Any] = {
+        name: {key: leaf(shape) for key, shape in leaves.items()}
+        for name, leaves in shapes.items()
+        if leaves
+    }
     if isinstance(config.position, RelativeBias):
         extras["relative_bias"] = {"embedding": leaf((config.position.num_buckets, N))}
     if config.use_sinks:
@@ -179,8 +184,10 @@ def init_projection(
     name_key = jax.random.fold_in(init_key, list(LETTERS).index(name))
     leaf_keys = dict(zip(("kernel", "bias"), jax.random.split(name_key)))
     if name not in INPUT_RANK:
+        norm = config.norms.get(name)
         return {
-            leaf: _CONSTANTS[leaf](struct.shape, struct.dtype) for leaf, struct in shapes.items()
+            leaf: jnp.full(struct.shape, 0 if norm is None else norm.initial(leaf), struct.dtype)
+            for leaf, struct in shapes.items()
         }
     values = {
         leaf: _draw(initializers[leaf], leaf_keys[leaf], struct, _fans(name, leaf, struct.shape))

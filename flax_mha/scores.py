@@ -131,6 +131,7 @@ def _of_rows(
         mask=call.mask.take_queries(rows, folding.S),
         bias=bias,
         sinks=params["sinks"]["logits"] if "sinks" in params else None,
+        scale=config.scale,
         soft_cap=config.soft_cap,
         precision=config.precision,
         implementation="reference",

@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from helpers import relaxed
 
 from flax_mha import MultiHeadAttention, MultiHeadAttentionConfig
-from flax_mha.config import field_names
+from flax_mha.config.config import field_names
 
 # What Keras 3.15 has and this package spells otherwise: see the README's table of differences.
 KERAS_ONLY = {"flash_attention", "kwargs"}

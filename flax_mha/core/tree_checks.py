@@ -20,7 +20,8 @@ def params_tree(params: Any, expected: Mapping[str, Mapping[str, Any]], letters:
         for leaf, struct in leaves.items():
             shape = tuple(params[name][leaf].shape)
             if shape != tuple(struct.shape):
-                rule = f"params[{name!r}][{leaf!r}] must be [{', '.join(letters[name][leaf])}]"
+                spelled = ", ".join(letters[name][leaf][-len(struct.shape) :])
+                rule = f"params[{name!r}][{leaf!r}] must be [{spelled}]"
                 rule += f" = {struct.shape} for this config and these inputs."
                 checks.fail(
                     ValueError, rule, f"shape {shape}", _remedy(name, leaf, params, expected)

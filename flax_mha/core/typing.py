@@ -45,8 +45,9 @@ class Params(TypedDict):
     value: Projection  # MKV, KV
     gate: NotRequired[Projection]  # DNV, NV
     attention_output: Projection  # NVE, E
-    query_norm: NotRequired[Any]  # {"scale": H}
-    key_norm: NotRequired[Any]  # {"scale": H}
+    query_norm: NotRequired[Any]  # {"scale": H}, or NH where heads have their own
+    key_norm: NotRequired[Any]  # {"scale": H}, or KH
+    value_norm: NotRequired[Any]  # {"scale": V}, or KV
     relative_bias: NotRequired[Any]  # {"embedding": XN}
     sinks: NotRequired[Any]  # {"logits": N}
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, Params, ParamsLike, Shape
-from flax_mha.params import INPUT_RANK, LETTERS, check_params, places
+from flax_mha.params import INPUT_RANK, LETTERS, check_params, letters_of, places
 
 Sizes = dict[str, int]
 
@@ -86,6 +86,9 @@ PLAIN = {
     "sliding_window": None,
     "position": None,
     "qk_norm": None,
+    "value_norm": None,
+    "clip_qkv": None,
+    "scale": None,
     "soft_cap": None,
     "use_sinks": False,
 }
@@ -127,7 +130,7 @@ def _outgoing(entry: Entry, array: np.ndarray) -> np.ndarray:
 
 def _letters(entry: Entry) -> str:
     projection, leaf = entry.place
-    return LETTERS[projection][leaf]
+    return letters_of(projection, leaf, len("".join(_groups(entry.axes))))
 
 
 def _groups(axes: str) -> list[str]:
@@ -196,9 +199,7 @@ def _all_have_a_place(table: Sequence[Entry], params: ParamsLike) -> None:
         for leaf in leaves:
             if (projection, leaf) not in places:
                 rule = f"params[{projection!r}][{leaf!r}] has no place in that layer."
-                remedy = (
-                    "Its config must do without: `use_gate`, `qk_norm`, `position`, `use_sinks`."
-                )
+                remedy = "Its config must do without: `use_gate`, norms, `position`, `use_sinks`."
                 checks.fail(ValueError, rule, f"names {sorted(params)}", remedy)
 
 

@@ -131,6 +131,7 @@ def _equation(
         bias=view.bias_bnts,
         distance_bias=view.distance_bias,
         sinks=params["sinks"]["logits"] if "sinks" in params else None,
+        scale=config.scale,
         soft_cap=config.soft_cap,
         dropout_rate=config.dropout,
         dropout_key=dropout_key,
@@ -173,7 +174,7 @@ def _view(
         bias = distance_bias(params, config, T, S, reach=(cache.max_queries or T) - T)
         cache, view = read_source(cache, T, call.mask, call.bias_bnts, bias)
         return view, cache
-    key_BSKH, value_BSKV = key_heads(params, call, config), value_heads(params, call)
+    key_BSKH, value_BSKV = key_heads(params, call, config), value_heads(params, call, config)
     T, S = call.folding.T, call.folding.S
     if cache is None:
         bias = distance_bias(params, config, T, S)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, normal, random_params, x64
+from helpers import assert_close, normal, random_params
 
 from flax_mha import (
     MultiHeadAttentionConfig,
@@ -328,135 +328,6 @@ def test_explicit_positions():
     assert_close(pair, run(positions=shifted), "float32")
 
 
-def test_qk_norms_and_sinks_from_their_formulas():
-    x = normal(5, B, T, D)
-    config = MultiHeadAttentionConfig(N, H, qk_norm="rms", use_sinks=True)
-    params = random_params(param_shapes(config, x.shape))
-
-    def project(name):
-        kernel, bias = (np.asarray(params[name][leaf]) for leaf in ("kernel", "bias"))
-        return np.einsum("btd,dnh->btnh", np.asarray(x), kernel) + bias
-
-    unit = lambda y: y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6)
-    query, key = (
-        unit(project(name)) * np.asarray(params[f"{name}_norm"]["scale"])
-        for name in ("query", "key")
-    )
-    powers = np.exp(np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(H))
-    sink = np.exp(np.asarray(params["sinks"]["logits"]))[None, :, None, None]
-    expected = powers / (powers.sum(-1, keepdims=True) + sink)
-    _, scores = multi_head_attention(params, x, x, config=config, return_attention_scores=True)
-    assert_close(scores, expected, "float32")
-    cosines = MultiHeadAttentionConfig(N, H, qk_norm="l2")
-    plain = {n: p for n, p in params.items() if n in param_shapes(cosines, x.shape)}
-    _, scores = multi_head_attention(plain, x, x, config=cosines, return_attention_scores=True)
-    query, key = (
-        y / np.linalg.norm(y, axis=-1, keepdims=True) for y in map(project, ("query", "key"))
-    )
-    powers = np.exp(np.sqrt(H) * np.einsum("btnh,bsnh->bnts", query, key))
-    assert_close(scores, powers / powers.sum(-1, keepdims=True), "float32")
-
-
-def cosine_layer(x, dtype="float32", **fields):
-    """(config, params, the weights of sqrt(H) cos(query, key) in float64)."""
-    config = MultiHeadAttentionConfig(N, H, qk_norm="l2", use_bias=False, **fields)
-    params = random_params(param_shapes(config, x.shape), dtype=dtype)
-    query, key = (
-        np.einsum("btd,dnh->btnh", *(np.asarray(y, np.float64) for y in (x, params[n]["kernel"])))
-        for n in ("query", "key")
-    )
-    query, key = (y / np.linalg.norm(y, axis=-1, keepdims=True) for y in (query, key))
-    powers = np.exp(np.sqrt(H) * np.einsum("btnh,bsnh->bnts", query, key))
-    return config, params, powers / powers.sum(-1, keepdims=True)
-
-
-@pytest.mark.parametrize("size", [1e25, 1.0, 1e-3, 1e-6, 1e-10])
-def test_l2_is_a_cosine_at_every_size(size):
-    """Squares of 1e25 and of 1e-23 leave float32; the cosine does not depend on the size."""
-    x = normal(5, B, T, D)
-    config, params, expected = cosine_layer(x)
-    _, scores = multi_head_attention(
-        params, size * x, size * x, config=config, return_attention_scores=True
-    )
-    assert_close(scores, expected, "float32")
-
-
-def test_l2_in_16_bits_is_the_cosine_of_the_rounded_heads():
-    x = normal(5, B, T, D).astype("bfloat16")
-    config, params, expected = cosine_layer(x, "bfloat16")
-    small = (x * 2.0**-20, x * 2.0**-20)
-    _, scores = multi_head_attention(params, *small, config=config, return_attention_scores=True)
-    assert_close(scores, expected, "bfloat16")
-
-
-def test_a_head_of_zeros_has_no_direction_and_no_gradient():
-    config, params, _ = cosine_layer(normal(5, B, T, D))
-    x, value = normal(5, B, T, D).at[0, 2].set(0.0), normal(6, B, T, D)
-    _, scores = multi_head_attention(params, x, x, config=config, return_attention_scores=True)
-    assert_close(scores[0, :, 2], np.full((N, T), 1 / T), "float32")  # cos = 0 with every key
-    loss = lambda x: (multi_head_attention(params, x, value, config=config) ** 2).sum()
-    gradient = jax.grad(loss)(x)
-    assert np.isfinite(gradient).all()
-    assert not gradient[0, 2].any()
-    assert np.abs(gradient[0, 3]).max() > 1e-3
-    curvature = jax.jvp(jax.grad(loss), (x,), (jnp.ones_like(x),))[1]
-    assert np.isfinite(curvature).all()
-
-
-@pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_l2_hides_no_nan(broken):
-    x = normal(5, B, T, D)
-    config, params, _ = cosine_layer(x)
-    output = np.asarray(multi_head_attention(params, x.at[0, 2, 3].set(broken), x, config=config))
-    assert np.isnan(output[0, 2]).all()
-    assert np.isfinite(output[1]).all()
-
-
-def test_l2_s_gradient_is_that_of_the_quotient():
-    """The largest feature that is divided out carries no gradient, and none is missing."""
-    with x64():
-        x = normal(5, 1, 3, D, dtype="float64")
-        config = MultiHeadAttentionConfig(N, H, qk_norm="l2", param_dtype="float64")
-        params = random_params(param_shapes(config, x.shape), dtype="float64")
-        loss = lambda x: (multi_head_attention(params, x, x, config=config) ** 2).sum()
-        direction = normal(6, 1, 3, D, dtype="float64")
-        slope = float((jax.grad(loss)(x) * direction).sum())
-        step = 1e-5
-        differences = float(loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
-    assert slope == pytest.approx(differences, rel=1e-7)
-
-
-def test_the_epsilon_of_the_norms():
-    x = normal(5, B, T, D)
-    scores = lambda **fields: multi_head_attention(
-        params, x, x, config=config.replace(**fields), return_attention_scores=True
-    )[1]
-    config = MultiHeadAttentionConfig(N, H, qk_norm="rms")
-    params = random_params(param_shapes(config, x.shape))
-    np.testing.assert_array_equal(scores(qk_norm_epsilon=1e-6), scores())
-    assert np.abs(scores(qk_norm_epsilon=1.0) - scores()).max() > 1e-2
-    config, params, _ = cosine_layer(x)
-    assert_close(scores(qk_norm_epsilon=1e6), np.full((B, N, T, T), 1 / T), "float32")
-    back = config.replace(qk_norm_epsilon=1e-5)
-    assert MultiHeadAttentionConfig.from_dict(json.loads(json.dumps(back.to_dict()))) == back
-
-
-def test_nan_in_padding_reaches_no_gradient_of_the_norms():
-    config = MultiHeadAttentionConfig(N, H, qk_norm="rms", use_sinks=True, position="rotary")
-    x = normal(6, B, T, D).at[0, 5:].set(jnp.nan)
-    real = jnp.isfinite(x).all(-1)
-    params = random_params(param_shapes(config, x.shape))
-
-    def loss(params):
-        output = multi_head_attention(params, x, x, config=config, query_mask=real, value_mask=real)
-        return (jnp.where(real[..., None], output, 0) ** 2).sum()
-
-    gradients = jax.grad(loss)(params)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    assert np.abs(gradients["query_norm"]["scale"]).max() > 0
-    assert np.abs(gradients["sinks"]["logits"]).max() > 0
-
-
 def test_new_parameters_start_neutral():
     config = MultiHeadAttentionConfig(
         N, H, qk_norm="rms", use_sinks=True, position=RelativeBias(8, 16)
@@ -496,11 +367,8 @@ def test_configs_go_to_json_and_back(position):
         ({"position": "rotory"}, ValueError, r"one of \['rotary', 'alibi', 'relative_bias'\]"),
         ({"position": 3}, TypeError, "an object of flax_mha.positions"),
         ({"position": {"class_name": "Rotary", "config": {"bas": 3}}}, ValueError, "mean 'base'"),
-        ({"qk_norm": "layer"}, ValueError, r"`qk_norm` must be one of \['rms', 'l2'\]"),
         ({"soft_cap": 0}, ValueError, "`soft_cap` must be a finite number > 0"),
         ({"use_sinks": 2}, ValueError, "`use_sinks` must be True or False"),
-        ({"qk_norm_epsilon": 1e-5}, ValueError, "`qk_norm_epsilon` is read by `qk_norm` alone"),
-        ({"qk_norm": "rms", "qk_norm_epsilon": 0}, ValueError, "must be a finite number > 0"),
     ],
 )  # fmt: skip
 def test_bad_configs(fields, error, message):

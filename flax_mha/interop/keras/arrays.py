@@ -10,6 +10,7 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, Shape
+from flax_mha.norms import RMSNorm
 from flax_mha.params import check_params
 from flax_mha.positions import RelativeBias
 
@@ -23,7 +24,8 @@ def places_of(config: MultiHeadAttentionConfig) -> list[tuple[str, str]]:
         rule = "Keras's layer has no place for a table of distances."
         remedy = "Carry it by hand: a config without `position`, and `relative_bias` added."
         checks.fail(ValueError, rule, f"position={config.position}", remedy)
-    norms = {"query": "query_norm", "key": "key_norm"} if config.qk_norm == "rms" else {}
+    learned = isinstance(config.qk_norm, RMSNorm)
+    norms = {"query": "query_norm", "key": "key_norm"} if learned else {}
     places = [("sinks", "logits")] if config.use_sinks else []
     for projection in (name for name in _ORDER if name in config.projections):
         places.append((projection, "kernel"))

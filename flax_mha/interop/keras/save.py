@@ -26,6 +26,7 @@ from flax_mha.interop.keras.layers import GROUPS, LEAVES, attention_layer, conte
 from flax_mha.interop.keras.places import Place, placed
 from flax_mha.interop.keras.tree import BFLOAT16
 from flax_mha.interop.layout import zero_bias
+from flax_mha.norms import RMSNorm
 
 Arrays = Mapping[tuple[str, str], np.ndarray]
 Path = pathlib.Path
@@ -144,7 +145,7 @@ def _writable(group: str, config: MultiHeadAttentionConfig) -> None:
     extra = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if extra.get("value_dim") == config.key_dim:
         del extra["value_dim"]
-    lacking = {"qk_norm": config.qk_norm == "rms", "use_sinks": config.use_sinks}
+    lacking = {"qk_norm": isinstance(config.qk_norm, RMSNorm), "use_sinks": config.use_sinks}
     if any(lacking.values()):
         rule = f"Keras's layer {group!r} has no place for {[n for n in lacking if lacking[n]]}."
         remedy = "Write into a copy of KerasHub's file: `like=`."

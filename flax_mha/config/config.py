@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
-from flax_mha.attention import IMPLEMENTATIONS, ContextAxis
-from flax_mha.attention.context.axis import context_axis_of
+from flax_mha.config.fields import FIELD_CHECKS, canonical_biases, plain
 from flax_mha.core import checks
 from flax_mha.core.typing import HeadDims
-from flax_mha.keras.identifiers import Kind, resolve, serialize
 from flax_mha.keras.policies import policy_dtypes
-from flax_mha.positions.identifiers import resolve_position, serialize_position
+from flax_mha.norms import Norm
 
 # Entries of Keras's get_config() that describe the Keras object, not the attention.
 _KERAS_ONLY = ("name", "trainable")
@@ -53,11 +48,12 @@ class MultiHeadAttentionConfig:
             same mask each call, in nnx a new one.
         num_kv_heads: K, heads of key and value, a divisor of N; None = N.
         position: None, "rotary", "alibi", "relative_bias", or an object of `flax_mha.positions`.
-        qk_norm: None; "rms", each head of query and key divided by its root mean square, times a
-            learned scale `[H]`; or "l2", the same without scale: logits = sqrt(H) cos(query, key).
-        qk_norm_epsilon: of "rms", added to the mean square, None = 1e-6; of "l2", the norm up to
-            which a head counts as zero, and stays zero with gradient zero, None = 1e-12.
-        soft_cap: logits q k / sqrt(H) become soft_cap * tanh(logits / soft_cap); None = as are.
+        qk_norm: what each head of query and key passes before it is turned to its position: None,
+            "rms", "l2", or an object of `flax_mha.norms`.
+        value_norm: likewise, of the values' heads.
+        clip_qkv: c, where the projections of query, key and value are clamped to [-c, c].
+        scale: the factor of query . key; None = 1 / sqrt(H).
+        soft_cap: logits scale q k become soft_cap * tanh(logits / soft_cap); None = as they are.
         use_sinks: whether each head has a learned logit that attends to nothing.
         dtype: the compute dtype; None = that of inputs and parameters, promoted.
         param_dtype: the dtype of the parameters.
@@ -84,6 +80,8 @@ class MultiHeadAttentionConfig:
         HeadDims(N=4, K=4, H=16, V=16)
         >>> config.replace(use_bias=("value", "query")).biases, config.projections
         (('query', 'value'), ('query', 'key', 'value', 'attention_output'))
+        >>> config.replace(qk_norm="l2").norms
+        {'query_norm': L2Norm(epsilon=1e-12), 'key_norm': L2Norm(epsilon=1e-12)}
         >>> MultiHeadAttentionConfig.from_dict(config.to_dict()) == config
         True
         >>> keras_config = {"num_heads": 2, "key_dim": 16, "name": "attention", "dtype": "float32"}
@@ -111,8 +109,10 @@ class MultiHeadAttentionConfig:
     _: dataclasses.KW_ONLY
     num_kv_heads: int | None = None
     position: Any = None
-    qk_norm: str | None = None
-    qk_norm_epsilon: float | None = None
+    qk_norm: Any = None
+    value_norm: Any = None
+    clip_qkv: float | None = None
+    scale: float | None = None
     soft_cap: float | None = None
     use_sinks: bool = False
     dtype: Any = None
@@ -122,17 +122,14 @@ class MultiHeadAttentionConfig:
     context_axis: Any = None
 
     def __post_init__(self) -> None:
-        for name, check in _FIELD_CHECKS.items():
+        for name, check in FIELD_CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         N, K = self.dims[:2]
         if N % K:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
             remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
             checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
-        if self.qk_norm is None and self.qk_norm_epsilon is not None:
-            rule = "`qk_norm_epsilon` is read by `qk_norm` alone."
-            checks.fail(ValueError, rule, f"qk_norm_epsilon={self.qk_norm_epsilon}, qk_norm=None")
-        object.__setattr__(self, "use_bias", _biases(self.use_bias, self.projections))
+        object.__setattr__(self, "use_bias", canonical_biases(self.use_bias, self.projections))
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -146,6 +143,13 @@ class MultiHeadAttentionConfig:
         if isinstance(self.use_bias, bool):
             return self.projections if self.use_bias else ()
         return self.use_bias
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        """The norms of the heads, by the names of their parameters."""
+        named = {"query_norm": self.qk_norm, "key_norm": self.qk_norm}
+        named["value_norm"] = self.value_norm
+        return {name: norm for name, norm in named.items() if norm is not None}
 
     @property
     def dims(self) -> HeadDims:
@@ -170,7 +174,7 @@ class MultiHeadAttentionConfig:
             TypeError: an initializer, regularizer or constraint is a plain callable.
         """
         values = {name: getattr(self, name) for name in field_names()}
-        return {name: _plain(name, value) for name, value in values.items()}
+        return {name: plain(name, value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MultiHeadAttentionConfig:
@@ -199,102 +203,3 @@ class MultiHeadAttentionConfig:
 def field_names() -> tuple[str, ...]:
     """The names of the config's fields, in order."""
     return tuple(field.name for field in dataclasses.fields(MultiHeadAttentionConfig))
-
-
-def _size(name: str, value: Any) -> int:
-    return checks.integer(name, value, minimum=1)
-
-
-def _optional(check: Any) -> Any:
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
-    """Keras: an int or an iterable of ints; None, 0 and () mean the query's own size."""
-    entries = (value,) if hasattr(value, "__index__") else value
-    if value is None or entries in ((), [], (0,)):
-        return None
-    if isinstance(entries, str) or not hasattr(entries, "__iter__"):
-        rule = f"`{name}` must be an int or a tuple of ints."
-        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
-    return tuple(_size(name, entry) for entry in entries)
-
-
-def _use_bias(name: str, value: Any) -> bool | tuple[str, ...]:
-    if hasattr(value, "__index__") or isinstance(value, np.bool_):
-        return checks.boolean(name, value)
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        rule = f"`{name}` must be True or False, or a tuple of names of projections."
-        remedy = f"Pass `{name}=({value!r},)`." if isinstance(value, str) else ""
-        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}", remedy)
-    return tuple(value)
-
-
-def _biases(use_bias: Any, projections: tuple[str, ...]) -> bool | tuple[str, ...]:
-    """All names are True, none are False, some stand in order: equal configs hash alike."""
-    if isinstance(use_bias, bool):
-        return use_bias
-    checks.known_names("A projection of this layer in `use_bias`", use_bias, projections)
-    named = tuple(name for name in projections if name in use_bias)
-    return named if named and named != projections else bool(named)
-
-
-def _identifier(kind: Kind) -> Any:
-    return lambda name, value: resolve(kind, value)
-
-
-def _precision(name: str, value: Any) -> Any:
-    """One precision for every product, in the one spelling that hashes alike."""
-    try:
-        return jax.lax.Precision(value)
-    except ValueError:
-        valid = [precision.name.lower() for precision in jax.lax.Precision]
-        checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
-
-
-def _implementation(name: str, value: Any) -> str:
-    return checks.one_of(name, value, IMPLEMENTATIONS)
-
-
-_FIELD_CHECKS: dict[str, Any] = {
-    "num_heads": _size,
-    "key_dim": _size,
-    "value_dim": _optional(_size),
-    "dropout": checks.rate,
-    "use_bias": _use_bias,
-    "output_shape": _output_shape,
-    "attention_axes": _optional(checks.axes),
-    "sliding_window": _optional(_size),
-    "kernel_initializer": _identifier("initializer"),
-    "bias_initializer": _identifier("initializer"),
-    "kernel_regularizer": _identifier("regularizer"),
-    "bias_regularizer": _identifier("regularizer"),
-    "activity_regularizer": _identifier("regularizer"),
-    "kernel_constraint": _identifier("constraint"),
-    "bias_constraint": _identifier("constraint"),
-    "use_gate": checks.boolean,
-    "seed": _optional(checks.integer),
-    "num_kv_heads": _optional(_size),
-    "position": resolve_position,
-    "qk_norm": _optional(lambda name, value: checks.one_of(name, value, ("rms", "l2"))),
-    "qk_norm_epsilon": _optional(checks.positive),
-    "soft_cap": _optional(checks.positive),
-    "use_sinks": checks.boolean,
-    "dtype": _optional(checks.floating_dtype),
-    "param_dtype": checks.floating_dtype,
-    "precision": _optional(_precision),
-    "implementation": _optional(_implementation),
-    "context_axis": _optional(lambda name, value: context_axis_of(value)),
-}
-
-
-def _plain(name: str, value: Any) -> Any:
-    if name.endswith(("initializer", "regularizer", "constraint")):
-        return serialize(value)
-    if name == "position":
-        return serialize_position(value)
-    if isinstance(value, ContextAxis):
-        return dataclasses.asdict(value)
-    if isinstance(value, jax.lax.Precision):
-        return value.name.lower()
-    return list(value) if isinstance(value, tuple) else value

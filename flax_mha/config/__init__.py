@@ -1,0 +1,3 @@
+"""The static description of one layer, checked and hashable."""
+
+from flax_mha.config.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig

@@ -1,0 +1,123 @@
+"""The rules of the config's fields: each value checked, and brought to the spelling that is kept.
+
+Equal configs must be equal and hash alike, whichever way their fields were written.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_mha.attention import IMPLEMENTATIONS, ContextAxis
+from flax_mha.attention.context.axis import context_axis_of
+from flax_mha.core import checks
+from flax_mha.keras.identifiers import Kind, resolve, serialize
+from flax_mha.norms import Norm
+from flax_mha.norms.identifiers import resolve_norm, serialize_norm
+from flax_mha.positions.identifiers import resolve_position, serialize_position
+
+
+def _size(name: str, value: Any) -> int:
+    return checks.integer(name, value, minimum=1)
+
+
+def _optional(check: Any) -> Any:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
+    """Keras: an int or an iterable of ints; None, 0 and () mean the query's own size."""
+    entries = (value,) if hasattr(value, "__index__") else value
+    if value is None or entries in ((), [], (0,)):
+        return None
+    if isinstance(entries, str) or not hasattr(entries, "__iter__"):
+        rule = f"`{name}` must be an int or a tuple of ints."
+        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+    return tuple(_size(name, entry) for entry in entries)
+
+
+def _use_bias(name: str, value: Any) -> bool | tuple[str, ...]:
+    if hasattr(value, "__index__") or isinstance(value, np.bool_):
+        return checks.boolean(name, value)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        rule = f"`{name}` must be True or False, or a tuple of names of projections."
+        remedy = f"Pass `{name}=({value!r},)`." if isinstance(value, str) else ""
+        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}", remedy)
+    return tuple(value)
+
+
+def canonical_biases(use_bias: Any, projections: tuple[str, ...]) -> bool | tuple[str, ...]:
+    """All names are True, none are False, some stand in order: equal configs hash alike."""
+    if isinstance(use_bias, bool):
+        return use_bias
+    checks.known_names("A projection of this layer in `use_bias`", use_bias, projections)
+    named = tuple(name for name in projections if name in use_bias)
+    return named if named and named != projections else bool(named)
+
+
+def _identifier(kind: Kind) -> Any:
+    return lambda name, value: resolve(kind, value)
+
+
+def _precision(name: str, value: Any) -> Any:
+    """One precision for every product, in the one spelling that hashes alike."""
+    try:
+        return jax.lax.Precision(value)
+    except ValueError:
+        valid = [precision.name.lower() for precision in jax.lax.Precision]
+        checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
+
+
+def _implementation(name: str, value: Any) -> str:
+    return checks.one_of(name, value, IMPLEMENTATIONS)
+
+
+FIELD_CHECKS: dict[str, Any] = {
+    "num_heads": _size,
+    "key_dim": _size,
+    "value_dim": _optional(_size),
+    "dropout": checks.rate,
+    "use_bias": _use_bias,
+    "output_shape": _output_shape,
+    "attention_axes": _optional(checks.axes),
+    "sliding_window": _optional(_size),
+    "kernel_initializer": _identifier("initializer"),
+    "bias_initializer": _identifier("initializer"),
+    "kernel_regularizer": _identifier("regularizer"),
+    "bias_regularizer": _identifier("regularizer"),
+    "activity_regularizer": _identifier("regularizer"),
+    "kernel_constraint": _identifier("constraint"),
+    "bias_constraint": _identifier("constraint"),
+    "use_gate": checks.boolean,
+    "seed": _optional(checks.integer),
+    "num_kv_heads": _optional(_size),
+    "position": resolve_position,
+    "qk_norm": resolve_norm,
+    "value_norm": resolve_norm,
+    "clip_qkv": _optional(checks.positive),
+    "scale": _optional(checks.positive),
+    "soft_cap": _optional(checks.positive),
+    "use_sinks": checks.boolean,
+    "dtype": _optional(checks.floating_dtype),
+    "param_dtype": checks.floating_dtype,
+    "precision": _optional(_precision),
+    "implementation": _optional(_implementation),
+    "context_axis": _optional(lambda name, value: context_axis_of(value)),
+}
+
+
+def plain(name: str, value: Any) -> Any:
+    """A field's value as JSON can hold it."""
+    if name.endswith(("initializer", "regularizer", "constraint")):
+        return serialize(value)
+    if name == "position":
+        return serialize_position(value)
+    if isinstance(value, Norm):
+        return serialize_norm(value)
+    if isinstance(value, ContextAxis):
+        return dataclasses.asdict(value)
+    if isinstance(value, jax.lax.Precision):
+        return value.name.lower()
+    return list(value) if isinstance(value, tuple) else value
