@@ -13,10 +13,11 @@ from flax_mha.attention.context.positions import is_shard, order_of, whole_lengt
 from flax_mha.attention.context.positions import positions as positions_along
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
+from flax_mha.core.dtypes import promoted
 from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, ParamsLike, Shape
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.positions import DistanceFunction, Rotary
+from flax_mha.positions import DenseBias, DistanceFunction, Rotary
 
 
 class Positions(NamedTuple):
@@ -86,8 +87,8 @@ def distance_bias(
         return None
     T, S = (whole_length(config.context_axis, length) for length in (T, S))
     first = 1 - T - reach
-    embedding = params["relative_bias"]["embedding"] if "relative_bias" in params else None
-    values_NL = config.position(np.arange(first, max(S, first + 1)), config.num_heads, embedding)
+    distance_L = np.arange(first, max(S, first + 1))
+    values_NL = config.position(distance_L, config.num_heads, _table(params))
     return DistanceBias(values_NL, first=first)
 
 
@@ -114,6 +115,40 @@ def _check_axes(positions: Array, full: Shape, A: int, letter: str) -> None:
         checks.fail(ValueError, rule, evidence, "Several axes are read by `AxialRotary`.")
     if extra == 0 and len(full) > 1 and len(positions) == A > 1 and full[0] != A:
         checks.fail(ValueError, rule, evidence, "Axes stand before a batch: `positions[:, None]`.")
+
+
+def with_dense_bias(
+    bias_bnts: Array | None,
+    params: ParamsLike,
+    folding: Folding,
+    config: MultiHeadAttentionConfig,
+    cache: KVCache | CrossCache | None,
+) -> Array | None:
+    """The caller's bias and that of the config's position, where it is one of every pair."""
+    if not isinstance(config.position, DenseBias):
+        return bias_bnts
+    _refuse_dense(config, cache)
+    dense_NTS = config.position(folding.T, folding.S, config.num_heads, _table(params))
+    if bias_bnts is None:
+        return dense_NTS[None]
+    dtype = promoted([bias_bnts.dtype, dense_NTS.dtype])
+    return bias_bnts.astype(dtype) + dense_NTS[None].astype(dtype)
+
+
+def _refuse_dense(config: MultiHeadAttentionConfig, cache: KVCache | CrossCache | None) -> None:
+    if cache is not None:
+        rule = "A dense bias of positions is of whole sequences: with a cache it has no meaning."
+        evidence = f"position={config.position}, and a {type(cache).__name__}"
+        checks.fail(NotImplementedError, rule, evidence, "Call without a cache.")
+    if config.context_axis is not None:
+        rule = "A dense bias of positions is [N, T, S], which a context axis would cut."
+        evidence = f"position={config.position}, context_axis={config.context_axis.name!r}"
+        remedy = "Call with `config.replace(context_axis=None)`."
+        checks.fail(NotImplementedError, rule, evidence, remedy)
+
+
+def _table(params: ParamsLike) -> Array | None:
+    return params["relative_bias"]["embedding"] if "relative_bias" in params else None
 
 
 def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:

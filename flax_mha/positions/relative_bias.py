@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_mha.core import checks
 from flax_mha.core.typing import Array
-from flax_mha.positions.distance import DistanceFunction
+from flax_mha.positions.bias import DistanceFunction
 
 
 def _count(name: str, value: Any) -> int:
@@ -47,6 +47,10 @@ class RelativeBias(DistanceFunction):
     num_buckets: Annotated[int, _count] = 32
     max_distance: Annotated[int, _count] = 128
     bidirectional: bool = True
+
+    @property
+    def table_size(self) -> int:
+        return self.num_buckets
 
     def buckets(self, distance: np.ndarray) -> np.ndarray:
         """The bucket of a key that stands `distance` positions after the query."""
