@@ -15,7 +15,7 @@ CLASSES: dict[str, type[Frozen]] = {}
 Class = TypeVar("Class", bound=type[Frozen])
 
 
-def register(cls: Class) -> Class:
+def register(own: Class) -> Class:
     """Makes an own position or scaling known by its name, so that configs with it can be saved.
 
     A decorator above `@dataclasses.dataclass(frozen=True)`. `to_dict` writes the class's name and
@@ -23,7 +23,7 @@ def register(cls: Class) -> Class:
     objects; `from_dict` finds the class where the program that reads has registered it, too.
 
     Args:
-        cls: a frozen dataclass, a subclass of `Rotary`, `Scaling`, `DistanceFunction` or
+        own: a frozen dataclass, a subclass of `Rotary`, `Scaling`, `DistanceFunction` or
             `DenseBias`.
 
     Returns:
@@ -49,13 +49,13 @@ def register(cls: Class) -> Class:
         >>> MultiHeadAttentionConfig.from_dict(config.to_dict()).position.frequencies(4).tolist()
         [0.25, 0.0025]
     """
-    _check_class(cls)
-    known = CLASSES.get(cls.__name__, cls)
-    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        rule = f"A position is known by its class's name, and {cls.__name__!r} is another's."
-        checks.fail(ValueError, rule, f"{_path(cls)}, registered: {_path(known)}", "Rename it.")
-    CLASSES[cls.__name__] = cls
-    return cls
+    _check_class(own)
+    known = CLASSES.get(own.__name__, own)
+    if _path(known) != _path(own):
+        rule = f"A position is known by its class's name, and {own.__name__!r} is another's."
+        checks.fail(ValueError, rule, f"{_path(own)}, registered: {_path(known)}", "Rename it.")
+    CLASSES[own.__name__] = own
+    return own
 
 
 def _check_class(cls: Any) -> None:

@@ -42,6 +42,8 @@ class RelativeBias(DistanceFunction):
         >>> from flax_mha.positions import RelativeBias
         >>> RelativeBias().buckets(np.array([0, -1, -8, -128, 1, 500])).tolist()
         [0, 1, 8, 15, 17, 31]
+        >>> RelativeBias(num_buckets=8).table_size
+        8
     """
 
     num_buckets: Annotated[int, _count] = 32
