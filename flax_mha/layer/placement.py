@@ -50,6 +50,8 @@ def positions_of(
         )
     if positions is not None:
         query, key = _pair("positions", positions, folding)
+        if query is not key:
+            _refuse_ambiguous(config.position, query, key, folding)
         read = functools.partial(_folded, config.position, folding=folding)
         return Positions(read(query, folding.targets, "T"), read(key, folding.sources, "S"))
     axis = config.context_axis if cache is None else None
@@ -149,6 +151,17 @@ def _refuse_dense(config: MultiHeadAttentionConfig, cache: KVCache | CrossCache 
 
 def _table(params: ParamsLike) -> Array | None:
     return params["relative_bias"]["embedding"] if "relative_bias" in params else None
+
+
+def _refuse_ambiguous(rotary: Rotary, query: Array, key: Array, folding: Folding) -> None:
+    """A pair of which nobody can tell whether it is queries and keys, or rows and columns."""
+    rank = len(folding.batch) + len(folding.targets)
+    without_axes = query.ndim <= rank and key.ndim <= rank
+    if rotary.axes == 2 and without_axes and folding.targets == folding.sources:
+        rule = "A pair of `positions` is (queries, keys), each [axes, B, T] where there are 2 axes."
+        evidence = f"shapes {query.shape} and {key.shape}, which may be those of two axes"
+        remedy = "For rows and columns of both pass one array, `jnp.stack([rows, columns])`."
+        checks.fail(ValueError, rule, evidence, remedy)
 
 
 def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:

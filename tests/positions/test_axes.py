@@ -461,6 +461,20 @@ def test_bad_positions(position, positions, error, message):
         multi_head_attention(params, x, x, config=config, positions=positions)
 
 
+def test_rows_and_columns_are_no_pair_of_queries_and_keys():
+    """With two axes nobody can tell: taken as a pair, columns would be the keys' positions."""
+    config, params = layer("restarted")
+    x, (rows, columns) = normal(1, B, T, D), jnp.asarray(positions_of(config.position))
+    call = lambda positions, v=x: multi_head_attention(
+        params, x, v, config=config, positions=positions
+    )
+    with pytest.raises(ValueError, match=r"\(queries, keys\).*two axes.*jnp\.stack"):
+        call((rows, columns))
+    both = jnp.stack([rows, columns])
+    assert_close(call((both, both)), call(both), "float32")
+    assert call((rows, rows[:, :S]), x[:, :S]).shape == x.shape  # T != S: a pair it is
+
+
 def test_sections_that_are_not_the_head_s():
     x, at = normal(0, B, T, N, H), np.zeros((2, 1, T), int)
     with pytest.raises(ValueError, match=r"half of the features.*Set `dim=8`"):
