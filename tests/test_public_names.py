@@ -45,8 +45,8 @@ PUBLIC = {
     "flax_mha.norms": "L2Norm LayerNorm Norm RMSNorm",
     "flax_mha.plots": "plot_attention plot_bands plot_mask",
     "flax_mha.positions": """
-        Alibi AxialRotary DistanceFunction LinearScaling Llama3Scaling RelativeBias Rotary Scaling
-        YarnScaling alibi_slopes
+        Alibi AxialRotary DistanceFunction LinearScaling Llama3Scaling PositionFunction
+        QueryGrowth RelativeBias Rotary Scaling YarnScaling alibi_slopes
     """,
 }
 # Handed on at the top too, where people find them first.

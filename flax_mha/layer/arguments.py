@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 from flax_mha.attention.dropout import start_of
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
-from flax_mha.positions import Rotary
+from flax_mha.positions import PositionFunction
 
 Arrays: TypeAlias = tuple[Any, Any, Any]  # query, value, key
 
@@ -55,7 +55,7 @@ def _checked(config: MultiHeadAttentionConfig, restrictions: Restrictions) -> Re
     }
     if restrictions.bias is not None:
         checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
-    floats = isinstance(config.position, Rotary) and config.position.takes_floats
+    floats = isinstance(config.position, PositionFunction) and config.position.takes_floats
     read = functools.partial(checks.token_positions, floats=floats)
     ids = {
         "segment_ids": _ids("segment_ids", restrictions.segment_ids, checks.integer_ids),

@@ -30,8 +30,8 @@ class Call(NamedTuple):
     value_BSM: Array | None
     mask: Mask
     bias_bnts: Array | None
-    query_position_bT: Array | None
-    key_position_bS: Array | None
+    query_position_bT: Any  # integers, or None where nothing reads them
+    key_position_bS: Any
     project: Any
 
 

@@ -1,6 +1,6 @@
-"""Query, key and value heads: projected, clamped, normalized, turned to their positions.
+"""Query, key and value heads: projected, clamped, normalized, placed: turned or grown.
 
-heads = rotary(norm(clip(x . W + b)), position)
+heads = placed(norm(clip(x . W + b)), position)
 """
 
 import jax.numpy as jnp
@@ -11,19 +11,21 @@ from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer.call import Call
 from flax_mha.layer.projection import as_rank
-from flax_mha.positions import Rotary
+from flax_mha.positions import PositionFunction
 
 
 def query_heads(params: ParamsLike, call: Call, config: MultiHeadAttentionConfig) -> Array:
     query_BTNH = call.project("BTD,DNH->BTNH", call.query_BTD, params["query"])
     query_BTNH = _normalized("query_norm", _clamped(query_BTNH, config), params, call, config)
-    return _turned(query_BTNH, call.query_position_bT, config)
+    position = _position_function(config)
+    return query_BTNH if position is None else position.of_query(query_BTNH, call.query_position_bT)
 
 
 def key_heads(params: ParamsLike, call: Call, config: MultiHeadAttentionConfig) -> Array:
     key_BSKH = call.project("BSC,CKH->BSKH", call.key_BSC, params["key"])
     key_BSKH = _normalized("key_norm", _clamped(key_BSKH, config), params, call, config)
-    return _turned(key_BSKH, call.key_position_bS, config)
+    position = _position_function(config)
+    return key_BSKH if position is None else position.of_key(key_BSKH, call.key_position_bS)
 
 
 def value_heads(params: ParamsLike, call: Call, config: MultiHeadAttentionConfig) -> Array:
@@ -51,8 +53,5 @@ def _normalized(
     return jnp.where(finite, normal, nan_where(~finite, normal.dtype)).astype(x.dtype)
 
 
-def _turned(x: Array, position_bT: Array | None, config: MultiHeadAttentionConfig) -> Array:
-    if position_bT is None:
-        return x
-    assert isinstance(config.position, Rotary)
-    return config.position(x, position_bT)
+def _position_function(config: MultiHeadAttentionConfig) -> PositionFunction | None:
+    return config.position if isinstance(config.position, PositionFunction) else None

@@ -16,7 +16,7 @@ from flax_mha.core import checks
 from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, ParamsLike, Shape
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.positions import DistanceFunction, Rotary
+from flax_mha.positions import DistanceFunction, PositionFunction
 
 
 class Positions(NamedTuple):
@@ -37,9 +37,9 @@ def positions_of(
     cache: KVCache | CrossCache | None = None,
 ) -> Positions:
     """The caller's; or those within each segment; or 0, 1, ... from the cache's length on."""
-    if not isinstance(config.position, Rotary):
+    if not isinstance(config.position, PositionFunction):
         if positions is not None:
-            rule = "`positions` are read by rotary embedding alone."
+            rule = "`positions` are read by rotary embedding and `QueryGrowth` alone."
             evidence = f"positions, and position={config.position} in the config"
             checks.fail(ValueError, rule, evidence, 'Set `position="rotary"`.')
         return Positions(None, None)
@@ -61,7 +61,11 @@ def positions_of(
 
 
 def _beside_source(
-    rotary: Rotary, positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache
+    function: PositionFunction,
+    positions: Any,
+    segment_ids: Any,
+    folding: Folding,
+    cache: CrossCache,
 ) -> Array:
     """Those of the queries alone: the keys of an encoder were turned when they were projected."""
     if positions is not None:
@@ -70,7 +74,7 @@ def _beside_source(
             evidence = f"positions of type {type(positions).__name__}"
             remedy = "The keys stand at 0, 1, ...: they were turned when they were projected."
             checks.fail(ValueError, rule, evidence, remedy)
-        return _folded(rotary, positions, folding.targets, "T", folding)
+        return _folded(function, positions, folding.targets, "T", folding)
     if segment_ids is not None:
         rule = "A CrossCache holds keys at the positions 0, 1, ..., not anew in each segment."
         evidence = "segment_ids, and rotary embedding without positions"
@@ -92,13 +96,13 @@ def distance_bias(
 
 
 def _folded(
-    rotary: Rotary, positions: Array, lengths: Shape, letter: str, folding: Folding
+    function: PositionFunction, positions: Array, lengths: Shape, letter: str, folding: Folding
 ) -> Array:
     """`[b, T]` of `[*batch, T]`; `[axes, b, T]` of `[axes, *batch, T]`: the rank tells them apart.
 
     Axes are as many as the batch may have examples, so an array with axes has all axes of a batch.
     """
-    rank, A = len(folding.batch) + len(lengths), rotary.axes
+    rank, A = len(folding.batch) + len(lengths), function.axes
     _check_axes(positions, (*folding.batch, *lengths), A, letter)
     fold = functools.partial(folding.fold_padding, "positions", lengths=lengths, letter=letter)
     if positions.ndim > rank:

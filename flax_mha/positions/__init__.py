@@ -1,13 +1,15 @@
 """Position in attention: rotary embedding, ALiBi, T5's relative bias.
 
-`Rotary` turns queries and keys; `Alibi` and `RelativeBias` add to the logits a number that depends
-on head and distance alone, so that no `[T, S]` array is made.
+`Rotary` turns queries and keys, `QueryGrowth` makes queries longer; `Alibi` and `RelativeBias` add to
+the logits a number that depends on head and distance alone, so that no `[T, S]` array is made.
 """
 
 from flax_mha.positions.alibi import Alibi as Alibi
 from flax_mha.positions.alibi import alibi_slopes as alibi_slopes
 from flax_mha.positions.axial import AxialRotary as AxialRotary
 from flax_mha.positions.distance import DistanceFunction as DistanceFunction
+from flax_mha.positions.function import PositionFunction as PositionFunction
+from flax_mha.positions.growth import QueryGrowth as QueryGrowth
 from flax_mha.positions.relative_bias import RelativeBias as RelativeBias
 from flax_mha.positions.rotary import Rotary as Rotary
 from flax_mha.positions.scalings import LinearScaling as LinearScaling

@@ -8,11 +8,13 @@ from flax_mha.core.frozen import Frozen, arguments
 from flax_mha.positions.alibi import Alibi
 from flax_mha.positions.axial import AxialRotary
 from flax_mha.positions.distance import DistanceFunction
+from flax_mha.positions.function import PositionFunction
+from flax_mha.positions.growth import QueryGrowth
 from flax_mha.positions.relative_bias import RelativeBias
 from flax_mha.positions.rotary import Rotary
 from flax_mha.positions.scalings import LinearScaling, Llama3Scaling, YarnScaling
 
-PositionEncoding: TypeAlias = Rotary | DistanceFunction
+PositionEncoding: TypeAlias = PositionFunction | DistanceFunction
 CLASSES = {"rotary": Rotary, "alibi": Alibi, "relative_bias": RelativeBias}
 SCALINGS = {cls.__name__: cls for cls in (LinearScaling, Llama3Scaling, YarnScaling)}
 
@@ -24,7 +26,7 @@ def resolve_position(name: str, value: Any) -> PositionEncoding | None:
     if isinstance(value, str):
         return CLASSES[checks.one_of(name, value, CLASSES)]()
     if isinstance(value, Mapping):
-        named = {cls.__name__: cls for cls in (*CLASSES.values(), AxialRotary)}
+        named = {cls.__name__: cls for cls in (*CLASSES.values(), AxialRotary, QueryGrowth)}
         return _from_dict(name, value, named)
     rule = f"`{name}` must be None, one of {list(CLASSES)}, or an object of flax_mha.positions."
     checks.fail(TypeError, rule, f"{value!r} of type {type(value).__name__}")
@@ -46,4 +48,6 @@ def _from_dict(name: str, value: Mapping[str, Any], classes: Mapping[str, Any]) 
     checks.known_names(f"An argument of {cls.__name__}", config, arguments(cls))
     if isinstance(config.get("scaling"), Mapping):
         config["scaling"] = _from_dict(f"{name}.scaling", config["scaling"], SCALINGS)
+    if isinstance(config.get("rotary"), Mapping):
+        config["rotary"] = _from_dict(f"{name}.rotary", config["rotary"], {"Rotary": Rotary})
     return cls(**config)
