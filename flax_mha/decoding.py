@@ -17,7 +17,7 @@ from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
 from flax_mha.layer.arguments import Restrictions
-from flax_mha.layer.cached_call import check_limit, check_order
+from flax_mha.layer.cached_call import check_limit, check_no_chunks, check_order
 from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.heads import key_heads, value_heads
 from flax_mha.layer.outputs import cross_cache_spec
@@ -138,6 +138,7 @@ def init_cross_cache(
     if max_queries is not None:
         checks.integer("max_queries", max_queries, minimum=1)
     check_limit(max_queries, config)
+    check_no_chunks(config)
     cache = _project_source(params, value, value if key is None else key, mask, config=config)
     return dataclasses.replace(cache, max_queries=max_queries)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_mha.config.fields import FIELD_CHECKS, canonical_biases, plain
+from flax_mha.config.fields import FIELD_CHECKS, canonical_biases, check_chunks, plain
 from flax_mha.core import checks
 from flax_mha.core.typing import HeadDims
 from flax_mha.keras.policies import policy_dtypes
@@ -47,6 +47,9 @@ class MultiHeadAttentionConfig:
         seed: where a module is given no "dropout" stream, it draws from this seed: in linen the
             same mask each call, in nnx a new one.
         num_kv_heads: K, heads of key and value, a divisor of N; None = N.
+        chunk_size: c, where the token at position p attends to those at p' with p' // c = p // c
+            alone, as in Llama 4's local layers: a chunk is a part of the sequence, a block a tile
+            of the computation. None = no chunks. Not beside a sliding window.
         position: None, "rotary", "alibi", "relative_bias", or an object of `flax_mha.positions`.
         qk_norm: what each head of query and key passes before it is turned to its position: None,
             "rms", "l2", or an object of `flax_mha.norms`.
@@ -108,6 +111,7 @@ class MultiHeadAttentionConfig:
     seed: int | None = None
     _: dataclasses.KW_ONLY
     num_kv_heads: int | None = None
+    chunk_size: int | None = None
     position: Any = None
     qk_norm: Any = None
     value_norm: Any = None
@@ -129,6 +133,7 @@ class MultiHeadAttentionConfig:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
             remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
             checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
+        check_chunks(self)
         object.__setattr__(self, "use_bias", canonical_biases(self.use_bias, self.projections))
 
     @property

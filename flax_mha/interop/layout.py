@@ -84,6 +84,7 @@ PLAIN = {
     "use_gate": False,
     "attention_axes": None,
     "sliding_window": None,
+    "chunk_size": None,
     "position": None,
     "qk_norm": None,
     "value_norm": None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax_mha.layer import projection
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.cached_call import check_cache
 from flax_mha.layer.caches import CrossCache, KVCache
+from flax_mha.layer.chunks import chunk_mask
 from flax_mha.layer.placement import folded_pair, positions_of
 from flax_mha.masks import Mask
 from flax_mha.params import check_params
@@ -57,6 +58,9 @@ def prepare(
     mask = _mask(restrictions, folding, config, use_causal_mask, first_B)
     given = restrictions.positions, restrictions.segment_ids
     positions = positions_of(*given, folding, config, cache)
+    if config.chunk_size is not None and cache is None:  # of a cache, `extend` counts the chunks
+        counted = all(x is None for x in given)
+        mask &= chunk_mask(config.chunk_size, *cast(Any, positions), counted=counted)
     project = functools.partial(
         projection.project, dtype=dtype, precision=config.precision, isolate=mask.removes_positions
     )

@@ -179,7 +179,8 @@ def _view(
     if cache is None:
         bias = distance_bias(params, config, T, S)
         return View(key_BSKH, value_BSKV, call.mask, call.bias_bnts, bias), None
-    news = News(key_BSKH, value_BSKV, call.mask.key_padding, flags.use_causal_mask)
+    real_bT, causal = call.mask.key_padding, flags.use_causal_mask
+    news = News(key_BSKH, value_BSKV, real_bT, causal, config.chunk_size)
     bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
     cache, view = extend(cache, news, bias)
     return view, cache

@@ -13,6 +13,7 @@ from jax import lax
 from flax_mha.attention import DistanceBias
 from flax_mha.core.typing import Array
 from flax_mha.layer.caches import SPOILED, CrossCache, KVCache, is_spoiled
+from flax_mha.layer.chunks import chunk_mask
 from flax_mha.masks import Mask
 
 
@@ -27,12 +28,13 @@ class View(NamedTuple):
 
 
 class News(NamedTuple):
-    """The new tokens of one call: heads, which of them are real, the causal flag."""
+    """The new tokens of one call: heads, which of them are real, who sees whom."""
 
     key_BTKH: Array
     value_BTKV: Array
     real_bT: Array | None
     is_causal: bool
+    chunk_size: int | None = None
 
     @property
     def count_B(self) -> Array:
@@ -57,10 +59,18 @@ def _extend_line(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple
     if not (news.is_causal or cache.is_causal):
         slot_1S = jnp.arange(S, dtype="int32")[None]
         mask = Mask.padding(key=slot_1S < (length_B + news.count_B)[:, None])
+    if news.chunk_size is not None:
+        mask &= _chunks_of_line(length_B, news.key_BTKH.shape[1], S, news.chunk_size)
     cache = _written(cache, news, first=0)
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=length_B)
     return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, None, bias)
+
+
+def _chunks_of_line(length_B: Array, T: int, S: int, size: int) -> Mask:
+    query_BT = length_B[:, None] + jnp.arange(T, dtype="int32")[None]
+    slot_1S = jnp.arange(S, dtype="int32")[None]
+    return chunk_mask(size, query_BT, slot_1S, query_offset=length_B)
 
 
 def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:

@@ -37,19 +37,20 @@ def positions_of(
     cache: KVCache | CrossCache | None = None,
 ) -> Positions:
     """The caller's; or those within each segment; or 0, 1, ... from the cache's length on."""
-    if not isinstance(config.position, PositionFunction):
+    if not _are_read(config):
         if positions is not None:
-            rule = "`positions` are read by rotary embedding and `QueryGrowth` alone."
+            rule = "`positions` are read by rotary embedding, `QueryGrowth` and `chunk_size` alone."
             evidence = f"positions, and position={config.position} in the config"
             checks.fail(ValueError, rule, evidence, 'Set `position="rotary"`.')
         return Positions(None, None)
     if isinstance(cache, CrossCache):
         return Positions(
-            _beside_source(config.position, positions, segment_ids, folding, cache), None
+            _beside_source(_axes(config), positions, segment_ids, folding, cache), None
         )
     if positions is not None:
+        _check_counted(config, cache)
         query, key = _pair("positions", positions, folding)
-        read = functools.partial(_folded, config.position, folding=folding)
+        read = functools.partial(_folded, _axes(config), folding=folding)
         return Positions(read(query, folding.targets, "T"), read(key, folding.sources, "S"))
     axis = config.context_axis if cache is None else None
     if segment_ids is not None:
@@ -60,12 +61,24 @@ def positions_of(
     return Positions(*(index_1L + offset_B1 for index_1L in counted))
 
 
+def _are_read(config: MultiHeadAttentionConfig) -> bool:
+    return isinstance(config.position, PositionFunction) or config.chunk_size is not None
+
+
+def _axes(config: MultiHeadAttentionConfig) -> int:
+    """How many numbers say where a token stands."""
+    return config.position.axes if isinstance(config.position, PositionFunction) else 1
+
+
+def _check_counted(config: MultiHeadAttentionConfig, cache: Any) -> None:
+    if config.chunk_size is not None and isinstance(cache, KVCache):
+        rule = "The chunks of a KVCache are counted from its length, for it keeps no `positions`."
+        evidence = f"positions, a cache, and chunk_size={config.chunk_size}"
+        checks.fail(NotImplementedError, rule, evidence, "Call without `positions`.")
+
+
 def _beside_source(
-    function: PositionFunction,
-    positions: Any,
-    segment_ids: Any,
-    folding: Folding,
-    cache: CrossCache,
+    A: int, positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache
 ) -> Array:
     """Those of the queries alone: the keys of an encoder were turned when they were projected."""
     if positions is not None:
@@ -74,7 +87,7 @@ def _beside_source(
             evidence = f"positions of type {type(positions).__name__}"
             remedy = "The keys stand at 0, 1, ...: they were turned when they were projected."
             checks.fail(ValueError, rule, evidence, remedy)
-        return _folded(function, positions, folding.targets, "T", folding)
+        return _folded(A, positions, folding.targets, "T", folding)
     if segment_ids is not None:
         rule = "A CrossCache holds keys at the positions 0, 1, ..., not anew in each segment."
         evidence = "segment_ids, and rotary embedding without positions"
@@ -95,14 +108,12 @@ def distance_bias(
     return DistanceBias(values_NL, first=first)
 
 
-def _folded(
-    function: PositionFunction, positions: Array, lengths: Shape, letter: str, folding: Folding
-) -> Array:
+def _folded(A: int, positions: Array, lengths: Shape, letter: str, folding: Folding) -> Array:
     """`[b, T]` of `[*batch, T]`; `[axes, b, T]` of `[axes, *batch, T]`: the rank tells them apart.
 
     Axes are as many as the batch may have examples, so an array with axes has all axes of a batch.
     """
-    rank, A = len(folding.batch) + len(lengths), function.axes
+    rank = len(folding.batch) + len(lengths)
     _check_axes(positions, (*folding.batch, *lengths), A, letter)
     fold = functools.partial(folding.fold_padding, "positions", lengths=lengths, letter=letter)
     if positions.ndim > rank:

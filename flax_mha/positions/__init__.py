@@ -1,7 +1,7 @@
 """Position in attention: rotary embedding, ALiBi, T5's relative bias.
 
-`Rotary` turns queries and keys, `QueryGrowth` makes queries longer; `Alibi` and `RelativeBias` add to
-the logits a number that depends on head and distance alone, so that no `[T, S]` array is made.
+`Rotary` turns queries and keys, `QueryGrowth` makes queries longer; `Alibi` and `RelativeBias` add
+to the logits a number that depends on head and distance alone, so that no `[T, S]` array is made.
 """
 
 from flax_mha.positions.alibi import Alibi as Alibi

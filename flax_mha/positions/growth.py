@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 
 from flax_mha.core import checks
-from flax_mha.core.dtypes import wide_dtype
+from flax_mha.core.dtypes import at_least_32_bits, wide_dtype
 from flax_mha.core.frozen import Positive
 from flax_mha.core.typing import Array
 from flax_mha.positions.function import PositionFunction
@@ -73,9 +73,8 @@ class QueryGrowth(PositionFunction):
 
     def __call__(self, position_bT: Array) -> Array:
         """What the queries are multiplied by, float32 `[b, T]`."""
-        wide = position_bT if position_bT.dtype.itemsize >= 4 else position_bT.astype("int32")
+        from_zero = jnp.maximum(at_least_32_bits(position_bT), 0)
         # Split, for the sum of the largest position and the offset would wrap.
-        from_zero = jnp.maximum(wide, 0)
         rest = (from_zero % self.interval + self.offset) // self.interval
         steps = from_zero // self.interval + rest
         return 1 + self.factor * jnp.log1p(steps.astype("float32"))
