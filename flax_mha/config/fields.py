@@ -12,6 +12,7 @@ import numpy as np
 
 from flax_mha.attention import IMPLEMENTATIONS, ContextAxis
 from flax_mha.attention.context.axis import context_axis_of
+from flax_mha.config.latent import Latent, resolve_latent, serialize_latent
 from flax_mha.core import checks
 from flax_mha.keras.identifiers import Kind, resolve, serialize
 from flax_mha.norms import Norm
@@ -95,6 +96,7 @@ FIELD_CHECKS: dict[str, Any] = {
     "seed": _optional(checks.integer),
     "num_kv_heads": _optional(_size),
     "chunk_size": _optional(_size),
+    "latent": resolve_latent,
     "position": resolve_position,
     "qk_norm": resolve_norm,
     "value_norm": resolve_norm,
@@ -132,6 +134,8 @@ def plain(name: str, value: Any) -> Any:
         return serialize_position(value)
     if isinstance(value, Norm):
         return serialize_norm(value)
+    if isinstance(value, Latent):
+        return serialize_latent(value)
     if isinstance(value, ContextAxis):
         return dataclasses.asdict(value)
     if isinstance(value, jax.lax.Precision):

@@ -36,6 +36,13 @@ def check_arrays(arrays: Any) -> None:
         checks.floating_array(name, array, axes)
 
 
+def check_source(config: Any, arrays: Arrays) -> None:
+    """A latent layer makes keys and values of one array, which two arguments cannot be."""
+    if getattr(config, "latent", None) is not None and arrays[2] is not arrays[1]:
+        rule = "A latent layer makes keys and values of one array."
+        checks.fail(ValueError, rule, "a `key` beside `value`", "Pass `value` alone.")
+
+
 def checked_restrictions(
     config: MultiHeadAttentionConfig, restrictions: Restrictions
 ) -> Restrictions:

@@ -129,7 +129,7 @@ def check_cache(
 def _check_arrays(
     cache: KVCache | CrossCache, folding: Folding, config: MultiHeadAttentionConfig, dtype: DType
 ) -> None:
-    _, K, H, V = config.dims
+    _, K, H, V = config.cache_dims
     name_of_dtype = jnp.dtype(dtype).name
     for name, array, features in (("key", cache.key, H), ("value", cache.value, V)):
         expected = (*folding.batch, K, cache.key.shape[-2], features)

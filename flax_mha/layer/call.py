@@ -19,7 +19,7 @@ from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.chunks import chunk_mask
 from flax_mha.layer.placement import folded_pair, positions_of
 from flax_mha.masks import Mask
-from flax_mha.params import check_params
+from flax_mha.params import check_params, features_of
 
 
 class Call(NamedTuple):
@@ -91,8 +91,8 @@ def _source_shapes(params: ParamsLike, arrays: Arrays, cache: Any) -> tuple[Shap
         return value.shape, key.shape
     leading = (*query.shape[:-2], cache.key.shape[-2])
     boxes.refuse(params, "params")
-    M, C = (params[name]["kernel"].shape[0] for name in ("value", "key"))
-    return (*leading, M), (*leading, C)
+    features = features_of(params)
+    return (*leading, features["value_features"]), (*leading, features["key_features"])
 
 
 def _mask(

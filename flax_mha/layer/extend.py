@@ -5,6 +5,7 @@ encoder's keys of a `CrossCache` stay as they are; its queries are counted.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     slot_BT = jnp.where(stays_BT, slot_BT, S)
 
     def write(held: Array, new_BTKF: Array) -> Array:
-        held_BKSF = held.reshape(-1, *held.shape[-3:])
+        held_BKSF = _flat(held)
         arrays = (held_BKSF, new_BTKF, slot_BT)
         held_BKSF = lax.platform_dependent(*arrays, tpu=_scattered, default=_scattered_two)
         return held_BKSF.reshape(held.shape)
@@ -171,7 +172,12 @@ def _two_at_least(x_BT: Array, filler: int) -> Array:
 
 def _heads_last(x: Array) -> Array:
     """`[*batch, K, S, F]` to `[B, S, K, F]`."""
-    return x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
+    return _flat(x).swapaxes(1, 2)
+
+
+def _flat(x: Array) -> Array:
+    """The batch axes as one; not by -1, for a cache of latents has values of no features."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 def read_source(
