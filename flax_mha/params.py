@@ -12,7 +12,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks, tree_checks
 from flax_mha.core.typing import Params, ParamsLike, PRNGKey, Shape
 from flax_mha.keras.initializers import Initializer
-from flax_mha.positions import RelativeBias
+from flax_mha.positions.bias import PositionBias
 
 # How many leading axes of a kernel are summed over; the others are the outputs.
 INPUT_RANK = {
@@ -64,7 +64,7 @@ def param_shapes(
         `{"query": {"kernel": DNH, "bias": NH}, "key": CKH, "value": MKV, ["gate": DNV,]
         "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False or
         names others. With a norm that has parameters also "query_norm" and "key_norm", or
-        "value_norm": `{"scale": H}`, or `NH`; with `RelativeBias` "relative_bias"
+        "value_norm": `{"scale": H}`, or `NH`; with `RelativeBias` or `GridBias` "relative_bias"
         `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`. With `latent` also "latent"
         `CL`, "shared_key" `CW`, and with a query_rank "query_latent" `DQ`; then query is `QNH`, key
         `LKU`, value `LKV`; the norms are "latent_norm" and "query_latent_norm".
@@ -168,8 +168,8 @@ def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
         for name, leaves in shapes.items()
         if leaves
     }
-    if isinstance(config.position, RelativeBias):
-        extras["relative_bias"] = {"embedding": leaf((config.position.num_buckets, N))}
+    if isinstance(config.position, PositionBias) and config.position.table_size is not None:
+        extras["relative_bias"] = {"embedding": leaf((config.position.table_size, N))}
     if config.use_sinks:
         extras["sinks"] = {"logits": leaf((N,))}
     return extras

@@ -52,6 +52,8 @@ THINNED = {
     "layer/test_latent.py": 4,
     "layer/test_oracle.py": 17,
     "layer/test_transformations.py": 6,
+    "positions/test_axes.py": 2,
+    "positions/test_grid_bias.py": 2,
     "positions/test_positions.py": 4,
     "test_decoding.py": 3,
     "test_linen.py": 4,

@@ -45,8 +45,9 @@ PUBLIC = {
     "flax_mha.norms": "L2Norm LayerNorm Norm RMSNorm",
     "flax_mha.plots": "plot_attention plot_bands plot_mask",
     "flax_mha.positions": """
-        Alibi AxialRotary DistanceFunction LinearScaling Llama3Scaling PositionFunction
-        QueryGrowth RelativeBias Rotary Scaling YarnScaling alibi_slopes
+        Alibi AxialRotary DenseBias DistanceFunction DynamicScaling GridBias LinearScaling
+        Llama3Scaling LongRopeScaling PositionFunction ProportionalScaling QueryGrowth RelativeBias
+        Rotary Scaling YarnScaling alibi_slopes register
     """,
 }
 # Handed on at the top too, where people find them first.

@@ -17,7 +17,7 @@ from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.cached_call import check_cache
 from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.chunks import chunk_mask
-from flax_mha.layer.placement import folded_pair, positions_of
+from flax_mha.layer.placement import folded_pair, positions_of, with_dense_bias
 from flax_mha.masks import Mask
 from flax_mha.params import check_params, features_of
 
@@ -65,7 +65,9 @@ def prepare(
         projection.project, dtype=dtype, precision=config.precision, isolate=mask.removes_positions
     )
     fold = lambda x: None if x is None else folding.fold(x)  # noqa: E731
-    bias_bnts = _bias(restrictions.bias, folding, config)
+    bias_bnts = with_dense_bias(
+        _bias(restrictions.bias, folding, config), params, folding, config, cache
+    )
     folded = (folding.fold(query), fold(key), fold(value))
     return Call(folding, *folded, mask, bias_bnts, *positions, project)
 

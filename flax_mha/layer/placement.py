@@ -13,10 +13,11 @@ from flax_mha.attention.context.positions import is_shard, order_of, whole_lengt
 from flax_mha.attention.context.positions import positions as positions_along
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
+from flax_mha.core.dtypes import promoted
 from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, ParamsLike, Shape
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.positions import DistanceFunction, PositionFunction
+from flax_mha.positions import DenseBias, DistanceFunction, PositionFunction
 
 
 class Positions(NamedTuple):
@@ -50,6 +51,8 @@ def positions_of(
     if positions is not None:
         _check_counted(config, cache)
         query, key = _pair("positions", positions, folding)
+        if query is not key:
+            _refuse_ambiguous(_axes(config), query, key, folding)
         read = functools.partial(_folded, _axes(config), folding=folding)
         return Positions(read(query, folding.targets, "T"), read(key, folding.sources, "S"))
     axis = config.context_axis if cache is None else None
@@ -103,8 +106,8 @@ def distance_bias(
         return None
     T, S = (whole_length(config.context_axis, length) for length in (T, S))
     first = 1 - T - reach
-    embedding = params["relative_bias"]["embedding"] if "relative_bias" in params else None
-    values_NL = config.position(np.arange(first, max(S, first + 1)), config.num_heads, embedding)
+    distance_L = np.arange(first, max(S, first + 1))
+    values_NL = config.position(distance_L, config.num_heads, _table(params))
     return DistanceBias(values_NL, first=first)
 
 
@@ -129,6 +132,51 @@ def _check_axes(positions: Array, full: Shape, A: int, letter: str) -> None:
         checks.fail(ValueError, rule, evidence, "Several axes are read by `AxialRotary`.")
     if extra == 0 and len(full) > 1 and len(positions) == A > 1 and full[0] != A:
         checks.fail(ValueError, rule, evidence, "Axes stand before a batch: `positions[:, None]`.")
+
+
+def with_dense_bias(
+    bias_bnts: Array | None,
+    params: ParamsLike,
+    folding: Folding,
+    config: MultiHeadAttentionConfig,
+    cache: KVCache | CrossCache | None,
+) -> Array | None:
+    """The caller's bias and that of the config's position, where it is one of every pair."""
+    if not isinstance(config.position, DenseBias):
+        return bias_bnts
+    _refuse_dense(config, cache)
+    dense_NTS = config.position(folding.T, folding.S, config.num_heads, _table(params))
+    if bias_bnts is None:
+        return dense_NTS[None]
+    dtype = promoted([bias_bnts.dtype, dense_NTS.dtype])
+    return bias_bnts.astype(dtype) + dense_NTS[None].astype(dtype)
+
+
+def _refuse_dense(config: MultiHeadAttentionConfig, cache: KVCache | CrossCache | None) -> None:
+    if cache is not None:
+        rule = "A dense bias of positions is of whole sequences: with a cache it has no meaning."
+        evidence = f"position={config.position}, and a {type(cache).__name__}"
+        checks.fail(NotImplementedError, rule, evidence, "Call without a cache.")
+    if config.context_axis is not None:
+        rule = "A dense bias of positions is [N, T, S], which a context axis would cut."
+        evidence = f"position={config.position}, context_axis={config.context_axis.name!r}"
+        remedy = "Call with `config.replace(context_axis=None)`."
+        checks.fail(NotImplementedError, rule, evidence, remedy)
+
+
+def _table(params: ParamsLike) -> Array | None:
+    return params["relative_bias"]["embedding"] if "relative_bias" in params else None
+
+
+def _refuse_ambiguous(A: int, query: Array, key: Array, folding: Folding) -> None:
+    """A pair of which nobody can tell whether it is queries and keys, or rows and columns."""
+    rank = len(folding.batch) + len(folding.targets)
+    without_axes = query.ndim <= rank and key.ndim <= rank
+    if A == 2 and without_axes and folding.targets == folding.sources:
+        rule = "A pair of `positions` is (queries, keys), each [axes, B, T] where there are 2 axes."
+        evidence = f"shapes {query.shape} and {key.shape}, which may be those of two axes"
+        remedy = "For rows and columns of both pass one array, `jnp.stack([rows, columns])`."
+        checks.fail(ValueError, rule, evidence, remedy)
 
 
 def folded_pair(name: str, value: Any, folding: Folding) -> tuple[Array, Array]:

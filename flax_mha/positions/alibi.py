@@ -7,15 +7,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flax_mha.core.frozen import Positive
 from flax_mha.core.typing import Array
-from flax_mha.positions.distance import DistanceFunction
+from flax_mha.positions.bias import DistanceFunction
 
 
 @dataclasses.dataclass(frozen=True)
 class Alibi(DistanceFunction):
     """Attention with linear biases: without parameters, what is farther counts less.
 
-        bias[n, t, s] = -slope_n |t - s|          slope_n: `alibi_slopes`
+        bias[n, t, s] = -factor slope_n |t - s|          slope_n: `alibi_slopes`
+
+    Args:
+        factor: of all slopes; 1 / sqrt(key_dim) for the first Falcon models (RW), which divide the
+            bias as they divide q k.
+        max_bias: the slopes fall to 2^-max_bias; alibi_bias_max of an MPT.
 
     Reference: Press et al., "Train Short, Test Long", https://arxiv.org/abs/2108.12409.
 
@@ -24,20 +30,27 @@ class Alibi(DistanceFunction):
         >>> from flax_mha.positions import Alibi
         >>> Alibi()(np.array([-2, -1]), num_heads=2).tolist()
         [[-0.125, -0.0625], [-0.0078125, -0.00390625]]
+        >>> Alibi(factor=0.5, max_bias=4.0)(np.array([-2, -1]), num_heads=2).tolist()
+        [[-0.25, -0.125], [-0.0625, -0.03125]]
     """
 
+    factor: Positive = 1.0
+    max_bias: Positive = 8.0
+
     def __call__(self, distance_L: np.ndarray, num_heads: int, embedding: Any = None) -> Array:
-        return jnp.asarray(-alibi_slopes(num_heads)[:, None] * abs(distance_L), "float32")
+        slopes_N = self.factor * alibi_slopes(num_heads, self.max_bias)
+        return jnp.asarray(-slopes_N[:, None] * abs(distance_L), "float32")
 
 
-def alibi_slopes(num_heads: int) -> np.ndarray:
-    """The slopes of `Alibi`: 2^(-8 n / N) for n = 1..N.
+def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
+    """The slopes of `Alibi`: 2^(-max_bias n / N) for n = 1..N.
 
     Where N is no power of two, the slopes of the power P below it come first, then every second
     one of 2 P, as in the paper's code.
 
     Args:
         num_heads: N, at least 1.
+        max_bias: the last slope is 2^-max_bias.
 
     Returns:
         float64 `[N]`.
@@ -51,6 +64,6 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
         [0.25, 0.0625, 0.015625, 0.00390625]
     """
     power = 2 ** math.floor(math.log2(num_heads))
-    exact = 2.0 ** (-8 * np.arange(1, power + 1) / power)
-    between = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    exact = 2.0 ** (-max_bias * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-max_bias * np.arange(1, 2 * power + 1, 2) / (2 * power))
     return np.concatenate([exact, between[: num_heads - power]])

@@ -7,7 +7,7 @@ Reference: Wang et al., "Qwen2-VL", https://arxiv.org/abs/2409.12191 (M-RoPE).
 """
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +15,10 @@ import numpy as np
 from flax_mha.core import checks
 from flax_mha.core.frozen import Positive, choice
 from flax_mha.core.typing import Array
+from flax_mha.positions import rules
 from flax_mha.positions.rotary import Rotary
 
 LAYOUTS = ("whole", "in_turns", "restarted", "dealt")
-
-
-def _sections(name: str, value: Any) -> tuple[int, ...]:
-    rule = f"`{name}` must be the number of pairs of each axis, such as (16, 24, 24)."
-    if isinstance(value, str) or not isinstance(value, tuple | list):
-        checks.fail(TypeError, rule, f"{value!r} of type {type(value).__name__}")
-    if not value:
-        checks.fail(ValueError, rule, f"{value!r}")
-    return tuple(checks.integer(name, size, minimum=1) for size in value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +68,7 @@ class AxialRotary(Rotary):
 
     takes_floats: ClassVar[bool] = True
 
-    sections: Annotated[tuple[int, ...], _sections] = dataclasses.field(kw_only=True)
+    sections: Annotated[tuple[int, ...], rules.sections] = dataclasses.field(kw_only=True)
     layout: Annotated[str, choice(*LAYOUTS)] = "whole"
     unit: Positive = 1.0
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_mha.core import checks
 from flax_mha.core.typing import Array
-from flax_mha.positions.distance import DistanceFunction
+from flax_mha.positions.bias import DistanceFunction
 
 
 def _count(name: str, value: Any) -> int:
@@ -42,11 +42,17 @@ class RelativeBias(DistanceFunction):
         >>> from flax_mha.positions import RelativeBias
         >>> RelativeBias().buckets(np.array([0, -1, -8, -128, 1, 500])).tolist()
         [0, 1, 8, 15, 17, 31]
+        >>> RelativeBias(num_buckets=8).table_size
+        8
     """
 
     num_buckets: Annotated[int, _count] = 32
     max_distance: Annotated[int, _count] = 128
     bidirectional: bool = True
+
+    @property
+    def table_size(self) -> int:
+        return self.num_buckets
 
     def buckets(self, distance: np.ndarray) -> np.ndarray:
         """The bucket of a key that stands `distance` positions after the query."""

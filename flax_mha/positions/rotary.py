@@ -19,6 +19,7 @@ from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.frozen import Positive
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array
+from flax_mha.positions import rules
 from flax_mha.positions.angles import angles, concrete
 from flax_mha.positions.function import PositionFunction
 from flax_mha.positions.scalings import Scaling
@@ -27,12 +28,6 @@ from flax_mha.positions.scalings import Scaling
 def _scaling(name: str, value: Any) -> Scaling | None:
     if value is not None:
         checks.instance(name, value, Scaling)
-    return value
-
-
-def _even(name: str, value: Any) -> int | None:
-    if value is not None and checks.integer(name, value, minimum=1) % 2:
-        checks.fail(ValueError, f"`{name}` must be even: features turn in pairs.", f"{value}")
     return value
 
 
@@ -47,7 +42,7 @@ class Rotary(PositionFunction):
         dim: how many of a head's first features turn; None = all.
         interleaved: pairs are neighbours (2 i, 2 i + 1); otherwise halves (i, i + dim / 2), as in
             Llama checkpoints of the transformers library.
-        scaling: `LinearScaling`, `Llama3Scaling` or `YarnScaling`; None = as trained.
+        scaling: a `Scaling`, such as `Llama3Scaling` or `YarnScaling`; None = as trained.
 
     Reference: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864.
 
@@ -68,7 +63,7 @@ class Rotary(PositionFunction):
     """
 
     base: Positive = 10000.0
-    dim: Annotated[int | None, _even] = None
+    dim: Annotated[int | None, rules.even] = None
     interleaved: Annotated[bool, checks.boolean] = False
     scaling: Annotated[Scaling | None, _scaling] = None
 

@@ -7,20 +7,13 @@ References: Chen et al., "Positional Interpolation", https://arxiv.org/abs/2306.
 import dataclasses
 import math
 from abc import abstractmethod
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
 from flax_mha.core import checks
 from flax_mha.core.frozen import Frozen, Positive
-
-
-def _size(name: str, value: Any) -> int:
-    return checks.integer(name, value, minimum=1)
-
-
-def _optional_positive(name: str, value: Any) -> float | None:
-    return None if value is None else checks.positive(name, value)
+from flax_mha.positions import rules
 
 
 class Scaling(Frozen):
@@ -83,7 +76,13 @@ class Llama3Scaling(Scaling):
     factor: Positive = 8.0
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
-    original_length: Annotated[int, _size] = 8192
+    original_length: Annotated[int, rules.size] = 8192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low_freq_factor >= self.high_freq_factor:
+            rule = "`low_freq_factor` must be below `high_freq_factor`: waves between go over."
+            checks.fail(ValueError, rule, f"{self.low_freq_factor} and {self.high_freq_factor}")
 
     def __call__(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         waves = self.original_length * frequencies / (2 * math.pi)  # in one text of that length
@@ -101,8 +100,13 @@ class YarnScaling(Scaling):
         original_length: the longest text in training.
         beta_fast: pairs that turn more often than this in original_length stay.
         beta_slow: pairs that turn less often are divided by `factor`.
-        attention_factor: what cos and sin are multiplied by; None = 0.1 ln(factor) + 1.
+        attention_factor: what cos and sin are multiplied by; None = 0.1 ln(factor) + 1, or what
+            the two below say.
         truncate: whether the ramp begins and ends at whole pairs; False for gpt-oss.
+        mscale: with `mscale_all_dim`, as in DeepSeek: cos and sin are multiplied by
+            (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1). None and 0 = not
+            given, and one without the other changes nothing.
+        mscale_all_dim: see `mscale`.
 
     Reference: Peng et al., "YaRN", https://arxiv.org/abs/2309.00071.
 
@@ -114,16 +118,23 @@ class YarnScaling(Scaling):
     """
 
     factor: Positive
-    original_length: Annotated[int, _size]
+    original_length: Annotated[int, rules.size]
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
-    attention_factor: Annotated[float | None, _optional_positive] = None
+    attention_factor: Annotated[float | None, rules.optional_positive] = None
     truncate: Annotated[bool, checks.boolean] = True
+    mscale: Annotated[float | None, rules.optional_nonnegative] = None
+    mscale_all_dim: Annotated[float | None, rules.optional_nonnegative] = None
 
     def magnitude(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._grown(self.mscale) / self._grown(self.mscale_all_dim)
+        return self._grown(1.0)
+
+    def _grown(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
     def __call__(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         dim = 2 * len(frequencies)
@@ -131,7 +142,7 @@ class YarnScaling(Scaling):
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, dim - 1)
-        width = last - first if last > first else 1e-3
+        width = last - first or 1e-3  # a length within one wave of the first pair makes it negative
         divided = np.clip((np.arange(dim // 2) - first) / width, 0, 1)
         return frequencies * (1 - divided + divided / self.factor)
 

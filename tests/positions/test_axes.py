@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, normal, random_params
+from helpers import assert_close, normal, random_params, x64
 
 import flax_mha
 from flax_mha import (
@@ -87,6 +87,16 @@ def test_each_pair_turns_by_its_axis(name, floats):
     half = rotary(x.astype("bfloat16"), positions)
     assert half.dtype == jnp.bfloat16
     assert_close(half, turned(x, positions, rotary), "bfloat16")
+
+
+def test_with_x64_floats_have_all_their_bits():
+    with x64():
+        rotary = LAYOUTS["restarted"]
+        x, at = normal(0, B, T, N, H, dtype="float64"), positions_of(rotary, floats=True)
+        at = at.astype(np.float64) / 3
+        assert_close(rotary(x, at), turned(x, at, rotary), "float64")
+        far = positions_of(rotary) + 10**6
+        np.testing.assert_allclose(rotary(x, far), turned(x, far, rotary), atol=1e-8)
 
 
 def test_one_axis_is_rotary_and_the_same_positions_on_all_axes_are_text():
@@ -238,6 +248,39 @@ def test_along_a_context_axis(layout):
     for positions, output in zip((at, None), cut):
         plain = multi_head_attention(params, x, x, config=here, positions=positions)
         assert_close(output, plain[:, order], "float32")
+
+
+def test_each_device_of_a_ring_has_its_own_positions():
+    """In a `shard_map` over the axis a call has a device's tokens, and their positions."""
+    config, params = layer("restarted", context_axis="context")
+    x, at = normal(1, B, 8, D), jnp.asarray(positions_of(config.position, length=8, floats=True))
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh, P = jax.make_mesh((2,), ("context",), axis_types=kinds), jax.sharding.PartitionSpec
+    cut = (P(), P(None, "context"), P(None, None, "context"))
+    ring = jax.shard_map(
+        lambda params, x, at: multi_head_attention(params, x, x, config=config, positions=at),
+        mesh=mesh, in_specs=cut, out_specs=P(None, "context"),
+    )  # fmt: skip
+    here = config.replace(context_axis=None)
+    expected = multi_head_attention(params, x, x, config=here, positions=at)
+    assert_close(jax.jit(ring)(params, x, at), expected, "float32")
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh_over_the_batch(kind):
+    config, params = layer("in_turns")
+    x, at = normal(1, B, T, D), jnp.asarray(positions_of(config.position))
+    expected = multi_head_attention(params, x, x, config=config, positions=at)
+    kinds = (getattr(jax.sharding.AxisType, kind),)
+    mesh, P = jax.make_mesh((2,), ("data",), axis_types=kinds), jax.sharding.PartitionSpec
+    with jax.set_mesh(mesh):
+        place = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, P(*axes)))
+        x, at = place(x, "data"), place(at, None, "data")
+        params = jax.tree.map(place, params)
+        run = jax.jit(
+            lambda params, x, at: multi_head_attention(params, x, x, config=config, positions=at)
+        )
+        assert_close(run(params, x, at), expected, "float32")
 
 
 def test_nan_for_a_position_in_padding_goes_nowhere():
@@ -416,6 +459,20 @@ def test_bad_positions(position, positions, error, message):
     params = random_params(param_shapes(config, x.shape))
     with pytest.raises(error, match=message):
         multi_head_attention(params, x, x, config=config, positions=positions)
+
+
+def test_rows_and_columns_are_no_pair_of_queries_and_keys():
+    """With two axes nobody can tell: taken as a pair, columns would be the keys' positions."""
+    config, params = layer("restarted")
+    x, (rows, columns) = normal(1, B, T, D), jnp.asarray(positions_of(config.position))
+    call = lambda positions, v=x: multi_head_attention(
+        params, x, v, config=config, positions=positions
+    )
+    with pytest.raises(ValueError, match=r"\(queries, keys\).*two axes.*jnp\.stack"):
+        call((rows, columns))
+    both = jnp.stack([rows, columns])
+    assert_close(call((both, both)), call(both), "float32")
+    assert call((rows, rows[:, :S]), x[:, :S]).shape == x.shape  # T != S: a pair it is
 
 
 def test_sections_that_are_not_the_head_s():

@@ -12,7 +12,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, Params, ParamsLike
 from flax_mha.interop.flax.attention import attention_fn
-from flax_mha.interop.flax.weights import LAYER_NORM, PROJECTIONS, flat, from_flax_params
+from flax_mha.interop.flax.weights import NORM, NORMS, PROJECTIONS, flat, from_flax_params
 
 # Functions that a flax module can be told to call instead of its own.
 _FUNCTIONS = (
@@ -47,7 +47,7 @@ def from_linen_module(module: Any, params: ParamsLike) -> tuple[MultiHeadAttenti
     Raises:
         TypeError: another kind of module.
         ValueError: parameters that do not fit it.
-        NotImplementedError: what cannot be honoured, by its name: `normalize_qk`, functions of its
+        NotImplementedError: what cannot be honoured, by its name: functions of its
             own (an `attention_fn` other than flax's and this package's), dropout equal for all
             examples and heads (`broadcast_dropout=True`), `force_fp32_for_softmax` in a layer of
             16 bits throughout.
@@ -106,6 +106,8 @@ def from_nnx_module(module: Any) -> tuple[MultiHeadAttentionConfig, Params]:
     _is_layer(module, _NNX, "an nnx.MultiHeadAttention")
     _refuse_unlike(module)
     params = {place: _linear(module, place) for place, _, _ in PROJECTIONS.values()}
+    if module.normalize_qk:
+        params |= {place: {"scale": getattr(module, place).scale[...]} for place in NORMS.values()}
     _no_others(module, params)
     kv_heads = getattr(module, "num_kv_heads", module.num_heads)  # flax before 0.12 has no groups
     kv_heads = None if kv_heads == module.num_heads else kv_heads
@@ -120,9 +122,6 @@ def _is_layer(module: Any, attributes: tuple[str, ...], what: str) -> None:
 
 def _refuse_unlike(module: Any) -> None:
     """What changes the numbers of flax's module and has no counterpart here."""
-    if module.normalize_qk:
-        rule = "`normalize_qk=True` cannot be honoured: its layer norms also subtract means."
-        checks.fail(NotImplementedError, rule, "normalize_qk=True", LAYER_NORM)
     for name in _FUNCTIONS:
         function = getattr(module, name, None)
         if function is not None and function not in (_default(module, name), attention_fn):
@@ -156,6 +155,7 @@ def _config(
         use_bias=module.use_bias,
         output_shape=module.out_features,
         num_kv_heads=kv_heads,
+        qk_norm=NORM if module.normalize_qk else None,
         dtype=module.dtype,
         param_dtype=_query_kernel(arrays).dtype,
         precision=module.precision,

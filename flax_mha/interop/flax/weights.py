@@ -12,6 +12,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, Params, ParamsLike
 from flax_mha.interop.layout import PLAIN, Entry, from_table, only, to_table
+from flax_mha.norms import LayerNorm
 from flax_mha.params import places
 
 # Where flax keeps each projection, and the axes of its kernel and its bias there.
@@ -21,10 +22,8 @@ PROJECTIONS = {
     "value": ("value", "M K V", "K V"),
     "attention_output": ("out", "N V E", "E"),
 }
-LAYER_NORM = (
-    "Center each head of the query's and key's kernels and biases (subtract the mean over H); then "
-    'rename "query_ln", "key_ln" to "query_norm", "key_norm": `qk_norm="rms"` computes the same.'
-)
+NORMS = {"query_norm": "query_ln", "key_norm": "key_ln"}
+NORM = LayerNorm(epsilon=1e-6)  # of each head of queries and keys, where `normalize_qk=True`
 
 
 def from_flax_params(params: ParamsLike, config: MultiHeadAttentionConfig) -> Params:
@@ -33,16 +32,18 @@ def from_flax_params(params: ParamsLike, config: MultiHeadAttentionConfig) -> Pa
     Args:
         params: `variables["params"]` of a flax.linen `MultiHeadDotProductAttention`,
             `MultiHeadAttention` or `SelfAttention`, or `nnx.to_pure_dict` of an nnx
-            `MultiHeadAttention`'s `nnx.Param`s: "query" DNH, "key" CKH, "value" MKH, "out" NHE.
+            `MultiHeadAttention`'s `nnx.Param`s: "query" DNH, "key" CKH, "value" MKH, "out" NHE;
+            with `normalize_qk=True` also "query_ln" and "key_ln".
         config: the layer; `from_linen_module` and `from_nnx_module` make it of flax's module.
+            `normalize_qk=True` is `qk_norm=LayerNorm(epsilon=1e-6)`.
 
     Returns:
         The tree of `init_params`, in the arrays' own dtypes, the same bits.
 
     Raises:
         TypeError: leaves that are not arrays of floats, such as boxes of metadata.
-        ValueError: missing or unknown arrays, or shapes that do not fit the config.
-        NotImplementedError: the layer norms of `normalize_qk=True`.
+        ValueError: missing or unknown arrays, or shapes that do not fit the config; layer norms
+            and a config with another `qk_norm`.
 
     Differs from flax: (1) the order of inputs is query, value, key; (2) a query that may attend
     nowhere has context 0, not mean(value).
@@ -59,6 +60,10 @@ def from_flax_params(params: ParamsLike, config: MultiHeadAttentionConfig) -> Pa
         (2, 16, 24)
     """
     arrays, wanted = dict(flat(params)), places(config)
+    if config.qk_norm != NORM and any(f"{place}.scale" in arrays for place in NORMS.values()):
+        rule = "The layer norms of `normalize_qk=True` have one `qk_norm` in the config."
+        remedy = f"Set `qk_norm={NORM}`, of flax_mha.norms."
+        checks.fail(ValueError, rule, f"qk_norm={config.qk_norm}", remedy)
     table = [entry for entry in _table(config) if entry.place in wanted or entry.name in arrays]
     return from_table(table, arrays, config)
 
@@ -80,8 +85,9 @@ def to_flax_params(
 
     Raises:
         ValueError: the config asks for what flax.linen's layer does not have: grouped heads, a
-            `value_dim` other than `key_dim`, a gate, norms, a position, a window, a cap, sinks,
-            attention axes, an output of several axes.
+            `value_dim` other than `key_dim`, a gate, norms but for `LayerNorm(epsilon=1e-6)` of
+            queries and keys, a position, a window, a cap, sinks, a scale, attention axes, an output
+            of several axes.
 
     Example:
         >>> import jax
@@ -95,8 +101,7 @@ def to_flax_params(
         >>> layer.apply({"params": to_flax_params(params, config)}, x).shape
         (4, 8, 24)
     """
-    fixed = {**PLAIN, "value_dim": config.key_dim, "num_kv_heads": config.num_heads}
-    only("flax.linen", config, fixed)
+    only("flax.linen", config, {**_fixed(config), "num_kv_heads": config.num_heads})
     return _nested(params, config)
 
 
@@ -129,7 +134,7 @@ def to_nnx_state(
         >>> bool((layer.query.kernel[...] == params["query"]["kernel"]).all())
         True
     """
-    only("flax.nnx", config, {**PLAIN, "value_dim": config.key_dim})
+    only("flax.nnx", config, _fixed(config))
     state = _nested(params, config)
     C, M = (state[name]["kernel"].shape[0] for name in ("key", "value"))
     if C != M:
@@ -138,14 +143,22 @@ def to_nnx_state(
     return state
 
 
+def _fixed(config: MultiHeadAttentionConfig) -> dict[str, Any]:
+    """What both of flax's layers have, by the names of the config's fields."""
+    norm = NORM if config.qk_norm == NORM else None
+    return {**PLAIN, "qk_norm": norm, "value_dim": config.key_dim}
+
+
 def _table(config: MultiHeadAttentionConfig) -> list[Entry]:
     # flax's layer has all biases or none: one that the config lacks is a bias of zeros there.
     leaves = ("kernel", "bias") if config.use_bias else ("kernel",)
-    return [
+    table = [
         Entry((projection, leaf), f"{place}.{leaf}", axes)
         for projection, (place, *both) in PROJECTIONS.items()
         for leaf, axes in zip(leaves, both)
     ]
+    norms = NORMS if config.qk_norm == NORM else {}
+    return table + [Entry((name, "scale"), f"{place}.scale", "H") for name, place in norms.items()]
 
 
 def flat(params: ParamsLike) -> Iterator[tuple[str, Any]]:
@@ -153,9 +166,6 @@ def flat(params: ParamsLike) -> Iterator[tuple[str, Any]]:
     if not isinstance(params, Mapping) or not all(isinstance(p, Mapping) for p in params.values()):
         rule = '`params` must be flax\'s {"query": {"kernel", "bias"}, "key", "value", "out"}.'
         checks.fail(TypeError, rule, f"a {type(params).__name__}")
-    if "query_ln" in params or "key_ln" in params:
-        rule = "The layer norms of `normalize_qk=True` also subtract means: no `qk_norm` has these."
-        checks.fail(NotImplementedError, rule, f"names {sorted(params)}", LAYER_NORM)
     if "params" in params:
         rule = "`params` must be the layer's own parameters."
         remedy = "Pass `variables['params']`."

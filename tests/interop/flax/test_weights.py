@@ -35,6 +35,7 @@ from flax_mha.interop.flax import (
     to_flax_params,
     to_nnx_state,
 )
+from flax_mha.norms import LayerNorm
 
 CONFIG = MultiHeadAttentionConfig(N, H, output_shape=E)
 QUERY, KEY, VALUE = normal(1, B, T, D), normal(2, B, S, C), normal(3, B, S, M)
@@ -213,8 +214,8 @@ def changed(**leaves):
         (changed(gate={"kernel": QUERY}), ValueError, r"unknown \['gate.kernel'\]"),
         (weights(E=D), ValueError, r"attention_output.*kernel.*\(3, 11, 29\).*\(3, 11, 17\)"),
         ({"params": weights()}, ValueError, r"collections \['params'\]. Pass `variables\['params'"),
-        (changed(query_ln={"scale": normal(0, H)}), NotImplementedError,
-         "layer norms of `normalize_qk=True` also subtract means.*Center each head"),
+        (changed(query_ln={"scale": normal(0, H)}), ValueError,
+         r"layer norms of `normalize_qk=True` have one `qk_norm`.*Set .*LayerNorm\(epsilon"),
         ({"query": QUERY}, TypeError, "`params` must be flax's.*a dict"),
         (None, TypeError, "`params` must be flax's.*a NoneType"),
         (changed(key={"kernel": nn.Partitioned(KEY, ("x",))}), TypeError,
@@ -261,7 +262,6 @@ def test_shapes_that_one_of_the_two_apis_does_not_have():
 
 
 REFUSED = {
-    "normalize_qk": ({"normalize_qk": True}, "`normalize_qk=True`.*subtract means.*Center"),
     "attention_fn": ({"attention_fn": nn.dot_product_attention_weights}, "`attention_fn` of the"),
     "dot_general": ({"qkv_dot_general": jax.lax.dot_general}, "`qkv_dot_general` of the module"),
     "dot_general_cls": ({"out_dot_general_cls": object}, "`out_dot_general_cls` of the module"),
@@ -316,19 +316,30 @@ def test_sizes_that_are_not_the_module_s_and_stacked_layers():
         from_nnx_module(nnx_layer(jax.tree.map(lambda x: jnp.stack([x, x]), weights(M=C))))
 
 
-def test_the_remedy_for_layer_norms_is_true():
-    """Centered kernels make flax's layer norm a division by the root mean square."""
-    scales = {"query": normal(20, H), "key": normal(21, H)}
-    tree = weights()
-    flax_s = {**tree, **{f"{name}_ln": {"scale": scale} for name, scale in scales.items()}}
+def test_layer_norms_of_queries_and_keys_come_and_go():
+    scales = {"query_ln": normal(20, H), "key_ln": normal(21, H)}
+    tree = {**weights(), **{name: {"scale": scale} for name, scale in scales.items()}}
     layer = linen(normalize_qk=True)
-    expected = jax.jit(layer.apply)({"params": flax_s}, QUERY, KEY, VALUE, mask=MASK)
-    center = lambda x: x - x.mean(-1, keepdims=True)
-    centered = {**tree, **{name: jax.tree.map(center, tree[name]) for name in scales}}
-    params = from_flax_params(centered, CONFIG)
-    params |= {f"{name}_norm": {"scale": scale} for name, scale in scales.items()}
-    config = CONFIG.replace(qk_norm="rms")
+    expected = jax.jit(layer.apply)({"params": tree}, QUERY, KEY, VALUE, mask=MASK)
+    config, params = from_linen_module(layer, tree)
+    assert config == CONFIG.replace(qk_norm=LayerNorm(epsilon=1e-6))
     assert_close(ours(config, params, QUERY, KEY, VALUE, MASK), expected, "float32")
+    assert_same_bits(to_flax_params(params, config), tree)
+    with pytest.raises(ValueError, match=r"have one `qk_norm`.*Received: qk_norm=RMSNorm"):
+        from_flax_params(tree, CONFIG.replace(qk_norm="rms"))  # other numbers, of the same shapes
+    with pytest.raises(ValueError, match=r"flax.linen has no `qk_norm`.*LayerNorm\(epsilon=0.1"):
+        to_flax_params(params, config.replace(qk_norm=LayerNorm(epsilon=0.1)))
+
+
+def test_layer_norms_of_nnx_come_and_go():
+    layer = nnx.MultiHeadAttention(N, D, N * H, normalize_qk=True, decode=False, rngs=nnx.Rngs(0))
+    for name, seed in (("query_ln", 20), ("key_ln", 21)):
+        getattr(layer, name).scale[...] = normal(seed, H)
+    config, params = from_nnx_module(layer)
+    assert config.qk_norm == LayerNorm(epsilon=1e-6)
+    x = normal(1, B, T, D)
+    assert_close(multi_head_attention(params, x, x, config=config), layer(x), "float32")
+    assert_same_bits(to_nnx_state(params, config), nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
 
 
 def test_biases_that_flax_s_layer_has_and_ours_lacks_are_zeros():
