@@ -13,6 +13,7 @@ from flax_mha.attention import dot_product_attention as dot_product_attention
 from flax_mha.attention import explain as explain
 from flax_mha.attention import zigzag_inverse as zigzag_inverse
 from flax_mha.attention import zigzag_order as zigzag_order
+from flax_mha.config import Latent as Latent
 from flax_mha.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig
 from flax_mha.decoding import init_cache as init_cache
 from flax_mha.decoding import init_cross_cache as init_cross_cache

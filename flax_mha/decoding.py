@@ -16,11 +16,12 @@ from flax_mha.core import boxes, checks
 from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
-from flax_mha.layer.arguments import Restrictions
-from flax_mha.layer.cached_call import check_limit, check_order
+from flax_mha.layer.arguments import Restrictions, check_source
+from flax_mha.layer.cached_call import check_limit, check_no_chunks, check_order
 from flax_mha.layer.call import checked_folding, prepare
-from flax_mha.layer.heads import key_heads, value_heads
+from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import cross_cache_spec
+from flax_mha.params import features_of
 
 
 def init_cache(
@@ -53,7 +54,8 @@ def init_cache(
         ValueError: a capacity below 1, a negative slack, a window without causal order.
         TypeError: a dtype that is not floating.
 
-    Memory: 2 K S H numbers an example, S = capacity or, of a ring, sliding_window + slack.
+    Memory: 2 K S H numbers an example, S = capacity or, of a ring, sliding_window + slack; of a
+    latent layer (rank + shared_dim) S.
 
     Guide: `python -m flax_mha guide decoding`.
 
@@ -82,7 +84,7 @@ def init_cache(
     batch = tuple(checks.integer("batch_shape", size, minimum=0) for size in batch)
     name = checks.floating_dtype("dtype", dtype or config.dtype or config.param_dtype)
     checks.x64_enabled("dtype", name)
-    _, K, H, V = config.dims
+    _, K, H, V = config.cache_dims
     return KVCache(
         jnp.zeros((*batch, K, slots, H), name),
         jnp.zeros((*batch, K, slots, V), name),
@@ -138,7 +140,10 @@ def init_cross_cache(
     if max_queries is not None:
         checks.integer("max_queries", max_queries, minimum=1)
     check_limit(max_queries, config)
-    cache = _project_source(params, value, value if key is None else key, mask, config=config)
+    check_no_chunks(config)
+    key = value if key is None else key
+    check_source(config, (None, value, key))
+    cache = _project_source(params, value, key, mask, config=config)
     return dataclasses.replace(cache, max_queries=max_queries)
 
 
@@ -164,7 +169,7 @@ def _project_source(
 
 def _no_query(params: ParamsLike, value: Array) -> jax.ShapeDtypeStruct:
     """Queries are not needed, only their shape."""
-    D = params["query"]["kernel"].shape[0]
+    D = features_of(params)["query_features"]
     return jax.ShapeDtypeStruct((*value.shape[:-1], D), value.dtype)
 
 
@@ -178,11 +183,11 @@ def _projected(
     query = _no_query(params, value)
     nobody = jnp.zeros(query.shape, query.dtype)
     call = prepare(params, (nobody, value, key), Restrictions(value_mask=mask), config, False)
-    batch = call.folding.batch
+    batch, heads = call.folding.batch, heads_of(params, call, config, cached=True)
     fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731
     return CrossCache(
-        fold(key_heads(params, call, config)),
-        fold(value_heads(params, call, config)),
+        fold(heads.key()),
+        fold(heads.value()),
         length=jnp.zeros(batch, "int32"),
         mask=None if mask is None else jnp.broadcast_to(mask, (*batch, mask.shape[-1])),
     )

@@ -13,6 +13,7 @@ from flax_mha.layer.arguments import (
     Arrays,
     Restrictions,
     check_arrays,
+    check_source,
     checked_restrictions,
 )
 from flax_mha.layer.cached_call import check_cached_call
@@ -194,6 +195,7 @@ def _run(
     """What must be checked of values, before tracing hides them; then the compiled layer."""
     check_arrays(arrays[:1] if isinstance(cache, CrossCache) else arrays)
     checks.floating_params(params)
+    check_source(config, arrays)
     restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)

@@ -61,6 +61,8 @@ class MultiHeadAttention(nn.Module):
     use_gate: bool = False
     seed: int | None = None
     num_kv_heads: int | None = None
+    chunk_size: int | None = None
+    latent: Any = None
     position: Any = None
     qk_norm: Any = None
     value_norm: Any = None

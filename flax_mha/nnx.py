@@ -157,7 +157,7 @@ class MultiHeadAttention(nnx.Module):
             ValueError: a tree that does not fit the layer, by name.
         """
         now = cast(ParamsLike, self.params)
-        D, M, C = (now[name]["kernel"].shape[:1] for name in ("query", "value", "key"))
+        D, M, C = ((size,) for size in features_of(now).values())
         check_params(params, self.config, D, M, C)
         nnx.update(self, {name: jax.tree.map(jnp.asarray, dict(params[name])) for name in now})
 

@@ -15,7 +15,10 @@ from flax_mha.keras.initializers import Initializer
 from flax_mha.positions.bias import PositionBias
 
 # How many leading axes of a kernel are summed over; the others are the outputs.
-INPUT_RANK = {"query": 1, "key": 1, "value": 1, "gate": 1, "attention_output": 2}
+INPUT_RANK = {
+    **{"query": 1, "key": 1, "value": 1, "gate": 1, "attention_output": 2},
+    **{"query_latent": 1, "latent": 1, "shared_key": 1},
+}
 LETTERS = {
     "query": {"kernel": "DNH", "bias": "NH"},
     "key": {"kernel": "CKH", "bias": "KH"},
@@ -28,6 +31,18 @@ LETTERS = {
     "relative_bias": {"embedding": "XN"},
     "sinks": {"logits": "N"},
     "value_norm": {"scale": "KV", "bias": "KV"},
+    "query_latent": {"kernel": "DQ", "bias": "Q"},
+    "latent": {"kernel": "CL", "bias": "L"},
+    "shared_key": {"kernel": "CW", "bias": "W"},
+    "query_latent_norm": {"scale": "1Q", "bias": "1Q"},
+    "latent_norm": {"scale": "1L", "bias": "1L"},
+}
+# What stands behind a latent.
+LATENT_LETTERS = {
+    **LETTERS,
+    "query": {"kernel": "QNH", "bias": "NH"},
+    "key": {"kernel": "LKU"},
+    "value": {"kernel": "LKV"},
 }
 
 
@@ -50,10 +65,13 @@ def param_shapes(
         "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False or
         names others. With a norm that has parameters also "query_norm" and "key_norm", or
         "value_norm": `{"scale": H}`, or `NH`; with `RelativeBias` or `GridBias` "relative_bias"
-        `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`.
+        `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`. With `latent` also "latent"
+        `CL`, "shared_key" `CW`, and with a query_rank "query_latent" `DQ`; then query is `QNH`, key
+        `LKU`, value `LKV`; the norms are "latent_norm" and "query_latent_norm".
 
     Raises:
         TypeError: an array in the place of its shape.
+        ValueError: with `latent`, keys of other features than the values'.
 
     Example:
         >>> from flax_mha import MultiHeadAttentionConfig, param_shapes
@@ -65,13 +83,36 @@ def param_shapes(
     key_shape = value_shape if key_shape is None else key_shape
     shapes = {"query_shape": query_shape, "key_shape": key_shape, "value_shape": value_shape}
     D, C, M = (tree_checks.features(name, shape) for name, shape in shapes.items())
-    N, K, H, V = config.dims
-    kernels = {"query": (D, N, H), "key": (C, K, H), "value": (M, K, V)}
+    N, _, _, V = config.dims
+    kernels = _kernels_of_heads(config, D, C, M)
     if config.use_gate:
         kernels["gate"] = (D, N, V)
     kernels["attention_output"] = (N, V, *(config.output_shape or (D,)))
     projections = {name: _projection(name, shape, config) for name, shape in kernels.items()}
     return cast(Params, {**projections, **_extras(config)})
+
+
+def _kernels_of_heads(config: MultiHeadAttentionConfig, D: int, C: int, M: int) -> dict[str, Shape]:
+    (N, K, H, V), latent = config.dims, config.latent
+    if latent is None:
+        return {"query": (D, N, H), "key": (C, K, H), "value": (M, K, V)}
+    if C != M:
+        rule = "A latent layer makes keys and values of one array: their features must agree."
+        checks.fail(ValueError, rule, f"{C} features of the key, {M} of the value")
+    L, Q, W = latent.rank, latent.query_rank, latent.shared_dim
+    sources = {"latent": (C, L), "shared_key": (C, W), "key": (L, K, H - W), "value": (L, K, V)}
+    if Q is None:
+        return {"query": (D, N, H), **sources}
+    return {"query_latent": (D, Q), "query": (Q, N, H), **sources}
+
+
+def sizes_of(config: MultiHeadAttentionConfig) -> dict[str, int]:
+    """The sizes that a config tells, by their letters."""
+    sizes, latent = dict(config.dims._asdict()), config.latent
+    if latent is None:
+        return sizes
+    sizes |= {"L": latent.rank, "W": latent.shared_dim, "U": sizes["H"] - latent.shared_dim}
+    return sizes if latent.query_rank is None else {**sizes, "Q": latent.query_rank}
 
 
 def module_sizes(D: int, M: int | None, C: int | None) -> list[tuple[int]]:
@@ -85,8 +126,11 @@ def features_of(params: Any) -> dict[str, int]:
     """The features of a tree; 1 for a kernel that it lacks, which `check_params` then names."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-    names = ("query", "value", "key")
-    return {f"{name}_features": shapes.get(f"['{name}']['kernel']", (1,))[0] for name in names}
+    firsts = {"query": ("query_latent", "query"), "value": ("latent", "value")}
+    firsts["key"] = ("latent", "key")
+    kernels = {name: [f"['{first}']['kernel']" for first in firsts[name]] for name in firsts}
+    there = {name: [shapes[k] for k in kernels[name] if k in shapes] for name in kernels}
+    return {f"{name}_features": (there[name] or [(1,)])[0][0] for name in there}
 
 
 def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
@@ -96,9 +140,17 @@ def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
     return kernels | {(name, "bias") for name in config.biases} | extras
 
 
-def letters_of(name: str, leaf: str, rank: int) -> str:
+def letters(config: MultiHeadAttentionConfig) -> dict[str, dict[str, str]]:
+    """The letters of a layer's arrays, by their names."""
+    if config.latent is None:
+        return LETTERS
+    behind = {} if config.latent.query_rank else {"query": LETTERS["query"]}
+    return {**LATENT_LETTERS, **behind}
+
+
+def letters_of(name: str, leaf: str, rank: int, table: Any = LETTERS) -> str:
     """The letters of an array, one an axis: an `output_shape` of several axes repeats its E."""
-    letters = LETTERS[name][leaf]
+    letters = table[name][leaf]
     return letters[-rank:] if rank < len(letters) else letters.ljust(rank, letters[-1])
 
 
@@ -107,6 +159,9 @@ def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
     N, K, H, V = config.dims
     leaf = functools.partial(jax.ShapeDtypeStruct, dtype=config.param_dtype)
     sizes = {"query_norm": (N, H), "key_norm": (K, H), "value_norm": (K, V)}
+    if config.latent is not None:
+        sizes |= {"query_latent_norm": (1, config.latent.query_rank or 0)}
+        sizes |= {"latent_norm": (1, config.latent.rank)}
     shapes = {name: norm.shapes(*sizes[name]) for name, norm in config.norms.items()}
     extras: dict[str, Any] = {
         name: {key: leaf(shape) for key, shape in leaves.items()}
@@ -196,7 +251,8 @@ def init_projection(
     for leaf, value in values.items():
         where, rank = f"params[{name!r}][{leaf!r}]", len(shapes[leaf].shape)
         boxes.expect(owner, value, where)
-        boxes.one_name_an_axis(value, where, letters_of(name, leaf, rank), rank)
+        spelled = letters_of(name, leaf, rank, letters(config))
+        boxes.one_name_an_axis(value, where, spelled, rank)
     return values
 
 
@@ -222,4 +278,4 @@ def _draw(initializer: Callable[..., Any], key: PRNGKey, struct: Any, fans: Any)
 def check_params(params: Any, config: MultiHeadAttentionConfig, *shapes: Shape) -> None:
     """Refuses parameters that do not fit the config and the inputs' shapes, by name and letters."""
     expected = cast(Mapping[str, Any], param_shapes(config, *shapes))
-    tree_checks.params_tree(params, expected, LETTERS)
+    tree_checks.params_tree(params, expected, letters(config))

@@ -13,9 +13,9 @@ from flax_mha.core.folding import Folding
 from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
-from flax_mha.layer.arguments import Restrictions, check_arrays, checked_restrictions
+from flax_mha.layer.arguments import Restrictions, check_arrays, check_source, checked_restrictions
 from flax_mha.layer.call import checked_folding, prepare
-from flax_mha.layer.heads import key_heads, query_heads
+from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import scores_spec
 from flax_mha.layer.placement import distance_bias
 
@@ -67,6 +67,7 @@ def attention_scores(
     """
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
+    check_source(config, arrays)
     checks.floating_params(params)
     if restrictions.get("dropout_start") is not None:
         rule = "`attention_scores` are the weights before dropout: it takes no `dropout_start`."
@@ -123,9 +124,9 @@ def _of_rows(
         bias = dense if bias is None else bias + dense
     position_bR = take(call.query_position_bT, -1)
     of_rows = call._replace(query_BTD=call.query_BTD[:, rows], query_position_bT=position_bR)
-    key_BSKH = key_heads(params, call, config)
+    key_BSKH = heads_of(params, call, config).key()
     _, weights_BNRS = dot_product_attention(
-        query_heads(params, of_rows, config),
+        heads_of(params, of_rows, config).query(),
         key_BSKH,
         key_BSKH,  # the context is not wanted, so any values do
         mask=call.mask.take_queries(rows, folding.S),

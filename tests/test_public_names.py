@@ -14,7 +14,7 @@ from flax_mha import __main__ as overview
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {
     "flax_mha": """
-        Activations ContextAxis CrossCache KVCache Mask MultiHeadAttention
+        Activations ContextAxis CrossCache KVCache Latent Mask MultiHeadAttention
         MultiHeadAttentionConfig activity_loss apply_constraints attention_scores constrain
         context_parallel_attention dot_product_attention explain forward init_cache
         init_cross_cache init_params multi_head_attention param_axes param_shapes param_specs
@@ -46,8 +46,8 @@ PUBLIC = {
     "flax_mha.plots": "plot_attention plot_bands plot_mask",
     "flax_mha.positions": """
         Alibi AxialRotary DenseBias DistanceFunction DynamicScaling GridBias LinearScaling
-        Llama3Scaling LongRopeScaling ProportionalScaling RelativeBias Rotary Scaling YarnScaling
-        alibi_slopes register
+        Llama3Scaling LongRopeScaling PositionFunction ProportionalScaling QueryGrowth RelativeBias
+        Rotary Scaling YarnScaling alibi_slopes register
     """,
 }
 # Handed on at the top too, where people find them first.

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_mha.config.fields import FIELD_CHECKS, canonical_biases, plain
+from flax_mha.config.fields import FIELD_CHECKS, canonical_biases, check_chunks, plain
+from flax_mha.config.latent import check_latent, norms_of, projections_of
 from flax_mha.core import checks
 from flax_mha.core.typing import HeadDims
 from flax_mha.keras.policies import policy_dtypes
@@ -47,6 +48,11 @@ class MultiHeadAttentionConfig:
         seed: where a module is given no "dropout" stream, it draws from this seed: in linen the
             same mask each call, in nnx a new one.
         num_kv_heads: K, heads of key and value, a divisor of N; None = N.
+        chunk_size: c, where the token at position p attends to those at p' with p' // c = p // c
+            alone, as in Llama 4's local layers: a chunk is a part of the sequence, a block a tile
+            of the computation. None = no chunks. Not beside a sliding window.
+        latent: a `flax_mha.Latent`, where keys and values come of one small array; None = of the
+            inputs.
         position: None, "rotary", "alibi", "relative_bias", or an object of `flax_mha.positions`.
         qk_norm: what each head of query and key passes before it is turned to its position: None,
             "rms", "l2", or an object of `flax_mha.norms`.
@@ -108,6 +114,8 @@ class MultiHeadAttentionConfig:
     seed: int | None = None
     _: dataclasses.KW_ONLY
     num_kv_heads: int | None = None
+    chunk_size: int | None = None
+    latent: Any = None
     position: Any = None
     qk_norm: Any = None
     value_norm: Any = None
@@ -129,26 +137,36 @@ class MultiHeadAttentionConfig:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
             remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
             checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
-        object.__setattr__(self, "use_bias", canonical_biases(self.use_bias, self.projections))
+        check_chunks(self)
+        check_latent(self)
+        object.__setattr__(self, "use_bias", canonical_biases(self.use_bias, self._may_have_bias))
 
     @property
     def projections(self) -> tuple[str, ...]:
         """The names of the layer's linear maps."""
         gate = ("gate",) if self.use_gate else ()
-        return ("query", "key", "value", *gate, "attention_output")
+        heads = ("query", "key", "value") if self.latent is None else projections_of(self.latent)
+        return (*heads, *gate, "attention_output")
+
+    @property
+    def _may_have_bias(self) -> tuple[str, ...]:
+        """Not what a call with a cache takes to queries and context, as a product without bias."""
+        absorbed = () if self.latent is None else ("key", "value")
+        return tuple(name for name in self.projections if name not in absorbed)
 
     @property
     def biases(self) -> tuple[str, ...]:
         """The names of the projections that have a bias, whichever way `use_bias` says it."""
         if isinstance(self.use_bias, bool):
-            return self.projections if self.use_bias else ()
+            return self._may_have_bias if self.use_bias else ()
         return self.use_bias
 
     @property
     def norms(self) -> dict[str, Norm]:
-        """The norms of the heads, by the names of their parameters."""
+        """The norms of heads and latents, by the names of their parameters."""
         named = {"query_norm": self.qk_norm, "key_norm": self.qk_norm}
         named["value_norm"] = self.value_norm
+        named |= {} if self.latent is None else norms_of(self.latent)
         return {name: norm for name, norm in named.items() if norm is not None}
 
     @property
@@ -157,6 +175,13 @@ class MultiHeadAttentionConfig:
         K = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         V = self.key_dim if self.value_dim is None else self.value_dim
         return HeadDims(self.num_heads, K, self.key_dim, V)
+
+    @property
+    def cache_dims(self) -> HeadDims:
+        """(N, K, H, V) of what a cache holds: heads, or of a latent layer one of latents."""
+        if self.latent is None:
+            return self.dims
+        return HeadDims(self.num_heads, 1, self.latent.rank + self.latent.shared_dim, 0)
 
     def replace(self, **changes: Any) -> MultiHeadAttentionConfig:
         """A checked copy with `changes`: some fields' new values.

@@ -12,10 +12,12 @@ import numpy as np
 
 from flax_mha.attention import IMPLEMENTATIONS, ContextAxis
 from flax_mha.attention.context.axis import context_axis_of
+from flax_mha.config.latent import Latent, resolve_latent, serialize_latent
 from flax_mha.core import checks
 from flax_mha.keras.identifiers import Kind, resolve, serialize
 from flax_mha.norms import Norm
 from flax_mha.norms.identifiers import resolve_norm, serialize_norm
+from flax_mha.positions import PositionFunction
 from flax_mha.positions.identifiers import resolve_position, serialize_position
 
 
@@ -93,6 +95,8 @@ FIELD_CHECKS: dict[str, Any] = {
     "use_gate": checks.boolean,
     "seed": _optional(checks.integer),
     "num_kv_heads": _optional(_size),
+    "chunk_size": _optional(_size),
+    "latent": resolve_latent,
     "position": resolve_position,
     "qk_norm": resolve_norm,
     "value_norm": resolve_norm,
@@ -108,6 +112,20 @@ FIELD_CHECKS: dict[str, Any] = {
 }
 
 
+def check_chunks(config: Any) -> None:
+    """A chunk or a window says how far a query sees; chunks count whole positions of one axis."""
+    if config.chunk_size is None:
+        return
+    evidence = f"chunk_size={config.chunk_size}"
+    if config.sliding_window is not None:
+        rule = "A layer has chunks or a sliding window."
+        checks.fail(ValueError, rule, f"{evidence}, sliding_window={config.sliding_window}")
+    position = config.position
+    if isinstance(position, PositionFunction) and (position.axes > 1 or position.takes_floats):
+        rule = "Chunks are counted by whole positions of one axis."
+        checks.fail(ValueError, rule, f"{evidence}, position={position}")
+
+
 def plain(name: str, value: Any) -> Any:
     """A field's value as JSON can hold it."""
     if name.endswith(("initializer", "regularizer", "constraint")):
@@ -116,6 +134,8 @@ def plain(name: str, value: Any) -> Any:
         return serialize_position(value)
     if isinstance(value, Norm):
         return serialize_norm(value)
+    if isinstance(value, Latent):
+        return serialize_latent(value)
     if isinstance(value, ContextAxis):
         return dataclasses.asdict(value)
     if isinstance(value, jax.lax.Precision):

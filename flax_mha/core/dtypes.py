@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from flax_mha.core.typing import DType
+from flax_mha.core.typing import Array, DType
 
 
 def wide_dtype(dtype: DType) -> DType:
@@ -15,6 +15,11 @@ def wide_dtype(dtype: DType) -> DType:
     Squares overflow float16 from 256 on, and bfloat16 keeps three digits.
     """
     return jnp.dtype("float64") if jnp.dtype(dtype) == jnp.float64 else jnp.dtype("float32")
+
+
+def at_least_32_bits(integers: Array) -> Array:
+    """Integers that no sum or quotient of a few makes wrap, as it does those of 8 bits."""
+    return integers if integers.dtype.itemsize >= 4 else integers.astype("int32")
 
 
 def promoted(dtypes: Iterable[DType]) -> DType:

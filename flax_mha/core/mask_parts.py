@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from flax_mha.core import checks
+from flax_mha.core.dtypes import at_least_32_bits
 from flax_mha.core.typing import Array
 
 
@@ -26,7 +27,7 @@ def dense(array: Any) -> Array:
 def segments(query_ids: Any, key_ids: Any) -> tuple[Array, Array]:
     """Ids `[1 or B, length]` of one type that holds both: none is cut, for a cut id is another."""
     named = {"query_ids": query_ids, "key_ids": key_ids}
-    query, key = (_rank_two(name, _wide(checks.integer_ids(name, x))) for name, x in named.items())
+    query, key = (_ids(name, x) for name, x in named.items())
     common = np.promote_types(query.dtype, key.dtype)
     if not np.issubdtype(common, np.integer) or jax.dtypes.canonicalize_dtype(common) != common:
         rule = "`query_ids` and `key_ids` must have one type, or types that one type holds."
@@ -42,8 +43,8 @@ def offset(value: Any) -> Any:
     return value
 
 
-def _wide(ids: Array) -> Array:
-    return ids if ids.dtype.itemsize >= 4 else ids.astype("int32")
+def _ids(name: str, ids: Any) -> Array:
+    return _rank_two(name, at_least_32_bits(checks.integer_ids(name, ids)))
 
 
 def _rank_two(name: str, array: Array) -> Array:

@@ -4,6 +4,7 @@
     N query heads   K key/value heads   G = N // K                  H key_dim   V value_dim
     D query features   C key features   M value features            E output features
     t, s tiles of T, S   I, J numbers of query/key blocks           P devices on the ring
+    L latent features   Q those of queries   W, U of a head's H: those that all share, its own
     R chosen queries   X buckets of distances   1 broadcast axis
 
 After validation an array's name ends in its letters (`logits_BNTS`), and an einsum string spells
@@ -40,11 +41,16 @@ class Projection(TypedDict):
 class Params(TypedDict):
     """The parameters of one layer; `gate` is absent in a layer without a gate."""
 
-    query: Projection  # DNH, NH
-    key: Projection  # CKH, KH
-    value: Projection  # MKV, KV
+    query: Projection  # DNH, NH; behind a latent QNH
+    key: Projection  # CKH, KH; behind a latent LKU
+    value: Projection  # MKV, KV; behind a latent LKV
     gate: NotRequired[Projection]  # DNV, NV
     attention_output: Projection  # NVE, E
+    query_latent: NotRequired[Projection]  # DQ, Q
+    latent: NotRequired[Projection]  # CL, L
+    shared_key: NotRequired[Projection]  # CW, W
+    query_latent_norm: NotRequired[Any]  # {"scale": Q}
+    latent_norm: NotRequired[Any]  # {"scale": L}
     query_norm: NotRequired[Any]  # {"scale": H}, or NH where heads have their own
     key_norm: NotRequired[Any]  # {"scale": H}, or KH
     value_norm: NotRequired[Any]  # {"scale": V}, or KV

@@ -20,7 +20,16 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, Params, ParamsLike, Shape
-from flax_mha.params import INPUT_RANK, LETTERS, check_params, letters_of, places
+from flax_mha.params import (
+    INPUT_RANK,
+    LATENT_LETTERS,
+    LETTERS,
+    check_params,
+    features_of,
+    letters_of,
+    places,
+    sizes_of,
+)
 
 Sizes = dict[str, int]
 
@@ -38,7 +47,7 @@ def from_table(
 ) -> Params:
     """The parameter tree from another framework's arrays, every one of which must be used."""
     _same_names([entry.name for entry in table if entry.name is not None], arrays)
-    sizes: Sizes = dict(config.dims._asdict())
+    sizes: Sizes = sizes_of(config)
     params: dict[str, dict[str, Array]] = {}
     wanted = places(config)
     for entry in sorted(table, key=lambda entry: entry.name is None):  # zeros need the sizes
@@ -62,7 +71,7 @@ def to_table(
 ) -> dict[str, np.ndarray]:
     """Another framework's arrays from the parameter tree: NumPy arrays under its names."""
     boxes.refuse(params, "params")
-    D, C, M = (params[name]["kernel"].shape[0] for name in ("query", "key", "value"))
+    D, M, C = features_of(params).values()
     check_params(params, config, (1, D), (1, M), (1, C))
     _all_have_a_place(table, params)
     arrays = {}
@@ -84,6 +93,8 @@ PLAIN = {
     "use_gate": False,
     "attention_axes": None,
     "sliding_window": None,
+    "chunk_size": None,
+    "latent": None,
     "position": None,
     "qk_norm": None,
     "value_norm": None,
@@ -130,7 +141,9 @@ def _outgoing(entry: Entry, array: np.ndarray) -> np.ndarray:
 
 def _letters(entry: Entry) -> str:
     projection, leaf = entry.place
-    return letters_of(projection, leaf, len("".join(_groups(entry.axes))))
+    spelled = "".join(_groups(entry.axes))
+    table = LATENT_LETTERS if set(spelled) & set("LQUW") else LETTERS
+    return letters_of(projection, leaf, len(spelled), table)
 
 
 def _groups(axes: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 from flax_mha.attention.dropout import start_of
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
-from flax_mha.positions import Rotary
+from flax_mha.positions import PositionFunction
 
 Arrays: TypeAlias = tuple[Any, Any, Any]  # query, value, key
 
@@ -36,6 +36,13 @@ def check_arrays(arrays: Any) -> None:
         checks.floating_array(name, array, axes)
 
 
+def check_source(config: Any, arrays: Arrays) -> None:
+    """A latent layer makes keys and values of one array, which two arguments cannot be."""
+    if getattr(config, "latent", None) is not None and arrays[2] is not arrays[1]:
+        rule = "A latent layer makes keys and values of one array."
+        checks.fail(ValueError, rule, "a `key` beside `value`", "Pass `value` alone.")
+
+
 def checked_restrictions(
     config: MultiHeadAttentionConfig, restrictions: Restrictions
 ) -> Restrictions:
@@ -55,7 +62,7 @@ def _checked(config: MultiHeadAttentionConfig, restrictions: Restrictions) -> Re
     }
     if restrictions.bias is not None:
         checks.floating_array("bias", restrictions.bias, "that broadcasts to [B, N, T, S]")
-    floats = isinstance(config.position, Rotary) and config.position.takes_floats
+    floats = isinstance(config.position, PositionFunction) and config.position.takes_floats
     read = functools.partial(checks.token_positions, floats=floats)
     ids = {
         "segment_ids": _ids("segment_ids", restrictions.segment_ids, checks.integer_ids),

@@ -114,6 +114,8 @@ def check_cache(
         rule = "A cache needs inputs [*batch, T, D] of which T alone is attended."
         evidence = f"attended axes {folding.attended}, batch axes {folding.batch}"
         checks.fail(ValueError, rule, evidence, "Set `attention_axes=-2`.")
+    if isinstance(cache, CrossCache):
+        check_no_chunks(config)
     _check_arrays(cache, folding, config, dtype)
     if isinstance(cache, KVCache):
         _check_growing(cache, folding, config)
@@ -127,7 +129,7 @@ def check_cache(
 def _check_arrays(
     cache: KVCache | CrossCache, folding: Folding, config: MultiHeadAttentionConfig, dtype: DType
 ) -> None:
-    _, K, H, V = config.dims
+    _, K, H, V = config.cache_dims
     name_of_dtype = jnp.dtype(dtype).name
     for name, array, features in (("key", cache.key, H), ("value", cache.value, V)):
         expected = (*folding.batch, K, cache.key.shape[-2], features)
@@ -142,6 +144,13 @@ def _check_arrays(
     if cache.length.shape != folding.batch or cache.length.dtype != jnp.int32:
         rule = f"`cache.length` must be int32 [*batch] = {folding.batch}."
         checks.fail(ValueError, rule, f"{cache.length.dtype} of shape {cache.length.shape}")
+
+
+def check_no_chunks(config: MultiHeadAttentionConfig) -> None:
+    """Chunks are those of one sequence, which sees itself."""
+    if config.chunk_size is not None:
+        rule = "A CrossCache has no chunks: a decoder sees all that its encoder wrote."
+        checks.fail(NotImplementedError, rule, f"chunk_size={config.chunk_size}")
 
 
 def check_limit(max_queries: int | None, config: MultiHeadAttentionConfig) -> None:

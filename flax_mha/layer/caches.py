@@ -41,6 +41,9 @@ class KVCache:
         window: the sliding window that a ring serves, position p in slot p % S; None = no ring.
         is_causal: False = the tokens of a call without `use_causal_mask` see each other; static.
 
+    Of a latent layer the key is `[*batch, 1, S, L + W]`, latents and the shared part of the keys,
+    and the value `[*batch, 1, S, 0]`: see `flax_mha.Latent`.
+
     Memory: 2 K S H numbers an example: S the sliding window if there is one, K the key/value heads.
 
     Example:
@@ -144,7 +147,7 @@ class CrossCache:
         mask: booleans `[*batch, S]`, True = a real key; None = all are.
         max_queries: the most queries that an example may have; static, None = no limit.
 
-    Memory: (H + V) K S numbers an example.
+    Memory: (H + V) K S numbers an example; of a latent layer, as in `KVCache`, (L + W) S.
 
     Example:
         >>> import jax, flax_mha

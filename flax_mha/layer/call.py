@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from flax_mha.layer import projection
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.cached_call import check_cache
 from flax_mha.layer.caches import CrossCache, KVCache
+from flax_mha.layer.chunks import chunk_mask
 from flax_mha.layer.placement import folded_pair, positions_of, with_dense_bias
 from flax_mha.masks import Mask
-from flax_mha.params import check_params
+from flax_mha.params import check_params, features_of
 
 
 class Call(NamedTuple):
@@ -30,8 +31,8 @@ class Call(NamedTuple):
     value_BSM: Array | None
     mask: Mask
     bias_bnts: Array | None
-    query_position_bT: Array | None
-    key_position_bS: Array | None
+    query_position_bT: Any  # integers, or None where nothing reads them
+    key_position_bS: Any
     project: Any
 
 
@@ -57,6 +58,9 @@ def prepare(
     mask = _mask(restrictions, folding, config, use_causal_mask, first_B)
     given = restrictions.positions, restrictions.segment_ids
     positions = positions_of(*given, folding, config, cache)
+    if config.chunk_size is not None and cache is None:  # of a cache, `extend` counts the chunks
+        counted = all(x is None for x in given)
+        mask &= chunk_mask(config.chunk_size, *cast(Any, positions), counted=counted)
     project = functools.partial(
         projection.project, dtype=dtype, precision=config.precision, isolate=mask.removes_positions
     )
@@ -89,8 +93,8 @@ def _source_shapes(params: ParamsLike, arrays: Arrays, cache: Any) -> tuple[Shap
         return value.shape, key.shape
     leading = (*query.shape[:-2], cache.key.shape[-2])
     boxes.refuse(params, "params")
-    M, C = (params[name]["kernel"].shape[0] for name in ("value", "key"))
-    return (*leading, M), (*leading, C)
+    features = features_of(params)
+    return (*leading, features["value_features"]), (*leading, features["key_features"])
 
 
 def _mask(

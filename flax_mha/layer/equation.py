@@ -16,9 +16,10 @@ from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey, Shape
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.layer.call import Call, checked_folding, prepare
+from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.extend import News, View, extend, misplaced, read_source
-from flax_mha.layer.heads import key_heads, query_heads, value_heads
+from flax_mha.layer.heads import Heads
+from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import (
     attention_axes,
     cache_spec,
@@ -120,8 +121,10 @@ def _equation(
     """query, key, value -> projections -> attention -> (gate) -> output projection."""
     call = prepare(params, arrays, restrictions, config, flags.use_causal_mask, cache)
     project, folding = call.project, call.folding
-    query_BTNH = query_heads(params, call, config)
-    view, new_cache = _view(params, call, config, flags, cache)
+    heads = heads_of(params, call, config, cached=cache is not None)
+    query_BTNH = heads.query()
+    view, new_cache = _view(heads, flags, cache)
+    view = heads.read(view)
     attended = attention_cut(
         cut,
         query_BTNH,
@@ -131,7 +134,7 @@ def _equation(
         bias=view.bias_bnts,
         distance_bias=view.distance_bias,
         sinks=params["sinks"]["logits"] if "sinks" in params else None,
-        scale=config.scale,
+        scale=heads.scale,
         soft_cap=config.soft_cap,
         dropout_rate=config.dropout,
         dropout_key=dropout_key,
@@ -142,6 +145,7 @@ def _equation(
         return_weights=flags.return_attention_scores,
     )
     context_BTNV, weights_BNTS = attended if flags.return_attention_scores else (attended, None)
+    context_BTNV = heads.context(context_BTNV)
     gate_BTNV = None
     if config.use_gate:
         gate_BTNV = jax.nn.sigmoid(project("BTD,DNV->BTNV", call.query_BTD, params["gate"]))
@@ -165,21 +169,21 @@ def _equation(
     )
 
 
-def _view(
-    params: ParamsLike, call: Call, config: MultiHeadAttentionConfig, flags: Flags, cache: Any
-) -> tuple[View, Any]:
+def _view(heads: Heads, flags: Flags, cache: Any) -> tuple[View, Any]:
     """What the queries may see: this call's keys, a cache that grows by them, or an encoder's."""
+    params, call, config = heads.params, heads.call, heads.config
     if isinstance(cache, CrossCache):
         T, S = call.folding.T, cache.key.shape[-2]
         bias = distance_bias(params, config, T, S, reach=(cache.max_queries or T) - T)
         cache, view = read_source(cache, T, call.mask, call.bias_bnts, bias)
         return view, cache
-    key_BSKH, value_BSKV = key_heads(params, call, config), value_heads(params, call, config)
+    key_BSKH, value_BSKV = heads.key(), heads.value()
     T, S = call.folding.T, call.folding.S
     if cache is None:
         bias = distance_bias(params, config, T, S)
         return View(key_BSKH, value_BSKV, call.mask, call.bias_bnts, bias), None
-    news = News(key_BSKH, value_BSKV, call.mask.key_padding, flags.use_causal_mask)
+    real_bT, causal = call.mask.key_padding, flags.use_causal_mask
+    news = News(key_BSKH, value_BSKV, real_bT, causal, config.chunk_size)
     bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
     cache, view = extend(cache, news, bias)
     return view, cache

@@ -5,6 +5,7 @@ encoder's keys of a `CrossCache` stay as they are; its queries are counted.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 from flax_mha.attention import DistanceBias
 from flax_mha.core.typing import Array
 from flax_mha.layer.caches import SPOILED, CrossCache, KVCache, is_spoiled
+from flax_mha.layer.chunks import chunk_mask
 from flax_mha.masks import Mask
 
 
@@ -27,12 +29,13 @@ class View(NamedTuple):
 
 
 class News(NamedTuple):
-    """The new tokens of one call: heads, which of them are real, the causal flag."""
+    """The new tokens of one call: heads, which of them are real, who sees whom."""
 
     key_BTKH: Array
     value_BTKV: Array
     real_bT: Array | None
     is_causal: bool
+    chunk_size: int | None = None
 
     @property
     def count_B(self) -> Array:
@@ -57,10 +60,18 @@ def _extend_line(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple
     if not (news.is_causal or cache.is_causal):
         slot_1S = jnp.arange(S, dtype="int32")[None]
         mask = Mask.padding(key=slot_1S < (length_B + news.count_B)[:, None])
+    if news.chunk_size is not None:
+        mask &= _chunks_of_line(length_B, news.key_BTKH.shape[1], S, news.chunk_size)
     cache = _written(cache, news, first=0)
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=length_B)
     return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, None, bias)
+
+
+def _chunks_of_line(length_B: Array, T: int, S: int, size: int) -> Mask:
+    query_BT = length_B[:, None] + jnp.arange(T, dtype="int32")[None]
+    slot_1S = jnp.arange(S, dtype="int32")[None]
+    return chunk_mask(size, query_BT, slot_1S, query_offset=length_B)
 
 
 def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
@@ -114,7 +125,7 @@ def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     slot_BT = jnp.where(stays_BT, slot_BT, S)
 
     def write(held: Array, new_BTKF: Array) -> Array:
-        held_BKSF = held.reshape(-1, *held.shape[-3:])
+        held_BKSF = _flat(held)
         arrays = (held_BKSF, new_BTKF, slot_BT)
         held_BKSF = lax.platform_dependent(*arrays, tpu=_scattered, default=_scattered_two)
         return held_BKSF.reshape(held.shape)
@@ -161,7 +172,12 @@ def _two_at_least(x_BT: Array, filler: int) -> Array:
 
 def _heads_last(x: Array) -> Array:
     """`[*batch, K, S, F]` to `[B, S, K, F]`."""
-    return x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
+    return _flat(x).swapaxes(1, 2)
+
+
+def _flat(x: Array) -> Array:
+    """The batch axes as one; not by -1, for a cache of latents has values of no features."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 def read_source(

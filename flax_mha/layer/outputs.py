@@ -93,8 +93,10 @@ def cache_spec(cache: KVCache | CrossCache | None) -> Any:
 def cross_cache_spec(params: ParamsLike, value: Any, key: Any, mask: Any) -> CrossCache:
     """An encoder's keys and values where its outputs are, their heads where the kernels' are."""
     *batch, S, _ = axes_of(value)
-    K, H = axes_of(params["key"]["kernel"])[1:]
-    _, V = axes_of(params["value"]["kernel"])[1:]
+    K = H = V = None  # of latents, which are not cut
+    if "latent" not in params:
+        K, H = axes_of(params["key"]["kernel"])[1:]
+        _, V = axes_of(params["value"]["kernel"])[1:]
     specs: list[Any] = [spec(*batch, K, axes_of(key)[-2], H), spec(*batch, K, S, V), spec(*batch)]
     if mask is not None:
         specs.append(spec(*batch, S))

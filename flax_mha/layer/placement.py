@@ -17,7 +17,7 @@ from flax_mha.core.dtypes import promoted
 from flax_mha.core.folding import Folding
 from flax_mha.core.typing import Array, ParamsLike, Shape
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.positions import DenseBias, DistanceFunction, Rotary
+from flax_mha.positions import DenseBias, DistanceFunction, PositionFunction
 
 
 class Positions(NamedTuple):
@@ -38,21 +38,22 @@ def positions_of(
     cache: KVCache | CrossCache | None = None,
 ) -> Positions:
     """The caller's; or those within each segment; or 0, 1, ... from the cache's length on."""
-    if not isinstance(config.position, Rotary):
+    if not _are_read(config):
         if positions is not None:
-            rule = "`positions` are read by rotary embedding alone."
+            rule = "`positions` are read by rotary embedding, `QueryGrowth` and `chunk_size` alone."
             evidence = f"positions, and position={config.position} in the config"
             checks.fail(ValueError, rule, evidence, 'Set `position="rotary"`.')
         return Positions(None, None)
     if isinstance(cache, CrossCache):
         return Positions(
-            _beside_source(config.position, positions, segment_ids, folding, cache), None
+            _beside_source(_axes(config), positions, segment_ids, folding, cache), None
         )
     if positions is not None:
+        _check_counted(config, cache)
         query, key = _pair("positions", positions, folding)
         if query is not key:
-            _refuse_ambiguous(config.position, query, key, folding)
-        read = functools.partial(_folded, config.position, folding=folding)
+            _refuse_ambiguous(_axes(config), query, key, folding)
+        read = functools.partial(_folded, _axes(config), folding=folding)
         return Positions(read(query, folding.targets, "T"), read(key, folding.sources, "S"))
     axis = config.context_axis if cache is None else None
     if segment_ids is not None:
@@ -63,8 +64,24 @@ def positions_of(
     return Positions(*(index_1L + offset_B1 for index_1L in counted))
 
 
+def _are_read(config: MultiHeadAttentionConfig) -> bool:
+    return isinstance(config.position, PositionFunction) or config.chunk_size is not None
+
+
+def _axes(config: MultiHeadAttentionConfig) -> int:
+    """How many numbers say where a token stands."""
+    return config.position.axes if isinstance(config.position, PositionFunction) else 1
+
+
+def _check_counted(config: MultiHeadAttentionConfig, cache: Any) -> None:
+    if config.chunk_size is not None and isinstance(cache, KVCache):
+        rule = "The chunks of a KVCache are counted from its length, for it keeps no `positions`."
+        evidence = f"positions, a cache, and chunk_size={config.chunk_size}"
+        checks.fail(NotImplementedError, rule, evidence, "Call without `positions`.")
+
+
 def _beside_source(
-    rotary: Rotary, positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache
+    A: int, positions: Any, segment_ids: Any, folding: Folding, cache: CrossCache
 ) -> Array:
     """Those of the queries alone: the keys of an encoder were turned when they were projected."""
     if positions is not None:
@@ -73,7 +90,7 @@ def _beside_source(
             evidence = f"positions of type {type(positions).__name__}"
             remedy = "The keys stand at 0, 1, ...: they were turned when they were projected."
             checks.fail(ValueError, rule, evidence, remedy)
-        return _folded(rotary, positions, folding.targets, "T", folding)
+        return _folded(A, positions, folding.targets, "T", folding)
     if segment_ids is not None:
         rule = "A CrossCache holds keys at the positions 0, 1, ..., not anew in each segment."
         evidence = "segment_ids, and rotary embedding without positions"
@@ -94,14 +111,12 @@ def distance_bias(
     return DistanceBias(values_NL, first=first)
 
 
-def _folded(
-    rotary: Rotary, positions: Array, lengths: Shape, letter: str, folding: Folding
-) -> Array:
+def _folded(A: int, positions: Array, lengths: Shape, letter: str, folding: Folding) -> Array:
     """`[b, T]` of `[*batch, T]`; `[axes, b, T]` of `[axes, *batch, T]`: the rank tells them apart.
 
     Axes are as many as the batch may have examples, so an array with axes has all axes of a batch.
     """
-    rank, A = len(folding.batch) + len(lengths), rotary.axes
+    rank = len(folding.batch) + len(lengths)
     _check_axes(positions, (*folding.batch, *lengths), A, letter)
     fold = functools.partial(folding.fold_padding, "positions", lengths=lengths, letter=letter)
     if positions.ndim > rank:
@@ -153,11 +168,11 @@ def _table(params: ParamsLike) -> Array | None:
     return params["relative_bias"]["embedding"] if "relative_bias" in params else None
 
 
-def _refuse_ambiguous(rotary: Rotary, query: Array, key: Array, folding: Folding) -> None:
+def _refuse_ambiguous(A: int, query: Array, key: Array, folding: Folding) -> None:
     """A pair of which nobody can tell whether it is queries and keys, or rows and columns."""
     rank = len(folding.batch) + len(folding.targets)
     without_axes = query.ndim <= rank and key.ndim <= rank
-    if rotary.axes == 2 and without_axes and folding.targets == folding.sources:
+    if A == 2 and without_axes and folding.targets == folding.sources:
         rule = "A pair of `positions` is (queries, keys), each [axes, B, T] where there are 2 axes."
         evidence = f"shapes {query.shape} and {key.shape}, which may be those of two axes"
         remedy = "For rows and columns of both pass one array, `jnp.stack([rows, columns])`."

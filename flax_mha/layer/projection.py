@@ -9,6 +9,7 @@ into one that reads both operands across their rows: 18 ms where 9 are enough (4
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,15 +31,20 @@ def project(
     it: its NaN times a zero cotangent would otherwise reach the kernel's gradient.
     """
     kernel = projection["kernel"].astype(dtype)
-    safe = x
-    if isolate:
-        finite_BT = jnp.isfinite(x).all(tuple(range(2, x.ndim)))
-        safe = jnp.where(as_rank(finite_BT, x.ndim), x, 0)
-    y = contract(equation, safe.astype(dtype), kernel, precision)
-    if "bias" in projection:
-        y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
-    if not isolate:
+
+    def linear(x: Array) -> Array:
+        y = contract(equation, x.astype(dtype), kernel, precision)
+        if "bias" in projection:
+            y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
         return y
+
+    return isolated(linear, x) if isolate else linear(x)
+
+
+def isolated(linear: Callable[[Array], Array], x: Array) -> Array:
+    """`linear(x)` of x `[B, T, ...]`, where rows with NaN or Inf pass as zeros and come out NaN."""
+    finite_BT = jnp.isfinite(x).all(tuple(range(2, x.ndim)))
+    y = linear(jnp.where(as_rank(finite_BT, x.ndim), x, 0))
     finite = as_rank(finite_BT, y.ndim)
     return jnp.where(finite, y, nan_where(~finite, y.dtype))  # no cotangent passes it either
 

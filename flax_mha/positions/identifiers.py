@@ -8,19 +8,21 @@ from flax_mha.core.frozen import Frozen, arguments
 from flax_mha.positions.alibi import Alibi
 from flax_mha.positions.axial import AxialRotary
 from flax_mha.positions.bias import PositionBias
+from flax_mha.positions.function import PositionFunction
 from flax_mha.positions.grid_bias import GridBias
+from flax_mha.positions.growth import QueryGrowth
 from flax_mha.positions.long_scalings import DynamicScaling, LongRopeScaling, ProportionalScaling
 from flax_mha.positions.registry import KINDS, is_registered, named, register
 from flax_mha.positions.relative_bias import RelativeBias
 from flax_mha.positions.rotary import Rotary
 from flax_mha.positions.scalings import LinearScaling, Llama3Scaling, YarnScaling
 
-PositionEncoding: TypeAlias = Rotary | PositionBias
+PositionEncoding: TypeAlias = PositionFunction | PositionBias
 NAMED = {"rotary": Rotary, "alibi": Alibi, "relative_bias": RelativeBias}
 SCALINGS = (
     LinearScaling, Llama3Scaling, YarnScaling, LongRopeScaling, DynamicScaling, ProportionalScaling
 )  # fmt: skip
-for _cls in (Rotary, AxialRotary, Alibi, RelativeBias, GridBias, *SCALINGS):
+for _cls in (Rotary, AxialRotary, QueryGrowth, Alibi, RelativeBias, GridBias, *SCALINGS):
     register(_cls)
 
 
@@ -31,7 +33,7 @@ def resolve_position(name: str, value: Any) -> PositionEncoding | None:
     if isinstance(value, str):
         return NAMED[checks.one_of(name, value, NAMED)]()
     if isinstance(value, Mapping):
-        return _from_dict(name, value, (Rotary, PositionBias))
+        return _from_dict(name, value, (PositionFunction, PositionBias))
     rule = f"`{name}` must be None, one of {list(NAMED)}, or an object of flax_mha.positions."
     checks.fail(TypeError, rule, f"{value!r} of type {type(value).__name__}")
 

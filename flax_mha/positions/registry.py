@@ -7,10 +7,10 @@ from typing import Any, ClassVar, TypeVar, get_origin
 from flax_mha.core import checks
 from flax_mha.core.frozen import Frozen
 from flax_mha.positions.bias import PositionBias
-from flax_mha.positions.rotary import Rotary
+from flax_mha.positions.function import PositionFunction
 from flax_mha.positions.scalings import Scaling
 
-KINDS = (Rotary, PositionBias, Scaling)
+KINDS = (PositionFunction, PositionBias, Scaling)
 CLASSES: dict[str, type[Frozen]] = {}
 Class = TypeVar("Class", bound=type[Frozen])
 
@@ -23,8 +23,8 @@ def register(own: Class) -> Class:
     objects; `from_dict` finds the class where the program that reads has registered it, too.
 
     Args:
-        own: a frozen dataclass, a subclass of `Rotary`, `Scaling`, `DistanceFunction` or
-            `DenseBias`.
+        own: a frozen dataclass, a subclass of `Rotary`, `PositionFunction`, `Scaling`,
+            `DistanceFunction` or `DenseBias`.
 
     Returns:
         The class itself.
@@ -59,7 +59,7 @@ def register(own: Class) -> Class:
 
 
 def _check_class(cls: Any) -> None:
-    kinds = "Rotary, Scaling, DistanceFunction or DenseBias"
+    kinds = "Rotary, PositionFunction, Scaling, DistanceFunction or DenseBias"
     rule = f"`register` takes a class, a subclass of {kinds}."
     if not inspect.isclass(cls):
         checks.fail(TypeError, rule, f"{cls!r} of type {type(cls).__name__}")

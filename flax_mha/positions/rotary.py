@@ -9,18 +9,19 @@ Reference: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864.
 """
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core import checks
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.frozen import Frozen, Positive
+from flax_mha.core.frozen import Positive
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array
 from flax_mha.positions import rules
 from flax_mha.positions.angles import angles, concrete
+from flax_mha.positions.function import PositionFunction
 from flax_mha.positions.scalings import Scaling
 
 
@@ -31,7 +32,7 @@ def _scaling(name: str, value: Any) -> Scaling | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotary(Frozen):
+class Rotary(PositionFunction):
     """Rotary embedding of queries and keys: their product depends on the difference of positions.
 
         (a, b) -> (a cos(p w) - b sin(p w), b cos(p w) + a sin(p w))       w_i = base^(-2 i / dim)
@@ -54,19 +55,17 @@ class Rotary(Frozen):
         (True, -0.3012)
         >>> Rotary(base=100.0).frequencies(4).tolist(), Rotary().axes
         ([1.0, 0.1], 1)
+        >>> rotary, at_1T = Rotary(dim=4), jnp.arange(3)[None]
+        >>> rotary.turned_features(8)
+        4
+        >>> bool((rotary.of_query(x, at_1T) == rotary.of_key(x, at_1T)).all())  # both are turned
+        True
     """
 
     base: Positive = 10000.0
     dim: Annotated[int | None, rules.even] = None
     interleaved: Annotated[bool, checks.boolean] = False
     scaling: Annotated[Scaling | None, _scaling] = None
-
-    takes_floats: ClassVar[bool] = False  # whether positions may be floats, of a subclass
-
-    @property
-    def axes(self) -> int:
-        """How many numbers say where a token stands."""
-        return 1
 
     def frequencies(self, H: int) -> np.ndarray:
         """w_i, float64 `[dim / 2]`, for heads of size `H`.
@@ -75,6 +74,15 @@ class Rotary(Frozen):
             ValueError: an odd number of features, or more than a head has.
         """
         return self._scaled(self._dim_of(H))
+
+    def turned_features(self, H: int) -> int:
+        return 2 * len(self.frequencies(H))
+
+    def of_query(self, x_BTNH: Array, position_bT: Array) -> Array:
+        return self(x_BTNH, position_bT)
+
+    def of_key(self, x_BSKH: Array, position_bS: Array) -> Array:
+        return self(x_BSKH, position_bS)
 
     def _dim_of(self, H: int) -> int:
         """How many features of a head turn."""

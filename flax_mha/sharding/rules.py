@@ -18,6 +18,10 @@ AXIS_NAMES = {
     "K": "kv_heads",
     "H": "head_dim",
     "V": "head_dim",
+    "U": "head_dim",
+    "W": "head_dim",
+    "L": "kv_lora",
+    "Q": "q_lora",
     "X": "relpos_buckets",
 }
 

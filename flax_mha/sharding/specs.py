@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, ParamsLike, Shape
-from flax_mha.params import letters_of, param_shapes
+from flax_mha.params import letters, letters_of, param_shapes
 from flax_mha.sharding.meshes import mesh_sizes
 from flax_mha.sharding.resolve import Axis, check_mesh_axes, resolve, with_kv_heads
 from flax_mha.sharding.rules import AXIS_NAMES, Rules, checked
@@ -20,7 +20,8 @@ _UNKNOWN = (0,)
 def param_axes(config: MultiHeadAttentionConfig) -> Params:
     """The names of the parameters' axes, as MaxText and Flax write them.
 
-        D, C, M, E "embed"   N "heads"   K "kv_heads"   H, V "head_dim"   X "relpos_buckets"
+        D, C, M, E "embed"   N "heads"   K "kv_heads"   H, V, U, W "head_dim"
+        L "kv_lora"   Q "q_lora"   X "relpos_buckets"
 
     Args:
         config: the layer.
@@ -42,8 +43,8 @@ def param_axes(config: MultiHeadAttentionConfig) -> Params:
     checks.instance("config", config, MultiHeadAttentionConfig)
 
     def names(name: str, leaf: str, struct: Any) -> PartitionSpec:
-        letters = [axis.letter for axis in _axes(name, leaf, struct)]
-        return PartitionSpec(*(AXIS_NAMES.get(letter) for letter in letters))
+        spelled = [axis.letter for axis in _axes(name, leaf, struct, config)]
+        return PartitionSpec(*(AXIS_NAMES.get(letter) for letter in spelled))
 
     return _over_arrays(names, param_shapes(config, _UNKNOWN))
 
@@ -63,10 +64,11 @@ def param_specs(
         config: the layer.
         rules: from axes to mesh axes, as a mapping, or as Flax's sequence of pairs. A key is a
             letter ("N") or a name: "embed" (D, C, M, E), "heads" (N), "kv_heads" (K), "head_dim"
-            (H, V), "relpos_buckets" (X). A value is the name of a mesh axis, a tuple of names, or
-            None. An axis without a rule stays whole. In a mapping a letter goes before a name.
-            Among pairs the first one whose mesh axes are free in the array counts, as in
-            `nn.logical_to_mesh`, and names that no parameter has are another layer's.
+            (H, V, U, W), "kv_lora" (L), "q_lora" (Q), "relpos_buckets" (X). A value is the name of
+            a mesh axis, a tuple of names, or None. An axis without a rule stays whole. In a mapping
+            a letter goes before a name. Among pairs the first one whose mesh axes are free in the
+            array counts, as in `nn.logical_to_mesh`, and names that no parameter has are another
+            layer's.
         query_shape: as in `param_shapes`; None = D is not known, and not checked.
         value_shape: as in `param_shapes`; None = query_shape.
         key_shape: as in `param_shapes`; None = value_shape.
@@ -112,15 +114,15 @@ def projection_specs(
     check_mesh_axes(rules, mesh)
     rules = with_kv_heads(rules, config.dims, mesh)
     return {
-        leaf: resolve(f"params[{name!r}][{leaf!r}]", _axes(name, leaf, struct), rules, mesh)
+        leaf: resolve(f"params[{name!r}][{leaf!r}]", _axes(name, leaf, struct, config), rules, mesh)
         for leaf, struct in shapes.items()
     }
 
 
-def _axes(name: str, leaf: str, struct: Any) -> list[Axis]:
+def _axes(name: str, leaf: str, struct: Any, config: MultiHeadAttentionConfig) -> list[Axis]:
     """The axes of an array; those of `output_shape` behind its first have no letter to be named."""
-    letters = letters_of(name, leaf, len(struct.shape))
-    first = [letter if letter not in letters[:i] else "" for i, letter in enumerate(letters)]
+    spelled = letters_of(name, leaf, len(struct.shape), letters(config))
+    first = [letter if letter not in spelled[:i] else "" for i, letter in enumerate(spelled)]
     return [Axis(*axis) for axis in zip(first, struct.shape)]
 
 

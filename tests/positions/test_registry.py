@@ -173,7 +173,10 @@ def lost_fields():
     [
         (lambda: 3, "`register` takes a class"),
         (lambda: Steps(), "`register` takes a class"),
-        (lambda: dict, "a subclass of Rotary, Scaling, DistanceFunction or DenseBias"),
+        (
+            lambda: dict,
+            "a subclass of Rotary, PositionFunction, Scaling, DistanceFunction or DenseBias",
+        ),
         (lost_fields, r"must be a frozen dataclass.*\['speed'\].*Decorate it"),
     ],
 )
