@@ -42,7 +42,7 @@ PUBLIC = {
     """,
     "flax_mha.keras.regularizers": "L1 L1L2 L2 OrthogonalRegularizer Regularizer",
     "flax_mha.nnx": "MultiHeadAttention",
-    "flax_mha.norms": "L2Norm LayerNorm Norm RMSNorm",
+    "flax_mha.norms": "L2Norm LayerNorm Norm RMSNorm register",
     "flax_mha.plots": "plot_attention plot_bands plot_mask",
     "flax_mha.positions": """
         Alibi AxialRotary DenseBias DistanceFunction DynamicScaling GridBias LinearScaling
