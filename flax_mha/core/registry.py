@@ -18,7 +18,9 @@ class Registry:
         decorator: the public name of what adds a class.
     """
 
-    def __init__(self, what: str, kinds: tuple[type, ...], public: str, decorator: str) -> None:
+    def __init__(
+        self, what: str, kinds: tuple[type[Frozen], ...], public: str, decorator: str
+    ) -> None:
         self.what, self.kinds = what, kinds
         self.public, self.decorator = public, decorator
         self.classes: dict[str, type[Frozen]] = {}
