@@ -5,6 +5,7 @@ can show that the rule bites.
 """
 
 import ast
+import dataclasses
 import functools
 import pathlib
 import re
@@ -12,7 +13,7 @@ import statistics
 
 import pytest
 
-from flax_mha.config.config import field_names
+from flax_mha import MultiHeadAttentionConfig
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "flax_mha"
 SOURCES = {
@@ -249,4 +250,5 @@ def test_files_and_functions_are_small():
     assert long == {}
     lengths = [length for source in SOURCES.values() for length in function_lengths(source)]
     assert statistics.median(lengths) <= 12
-    assert SOURCES["linen"].count("\n") <= 120 + len(field_names())  # a line a field
+    fields = len(dataclasses.fields(MultiHeadAttentionConfig))
+    assert SOURCES["linen"].count("\n") - fields <= 120  # a field of the config is a line

@@ -51,7 +51,7 @@ def initial_values(values: Any, struct: Any) -> None:
 def _same_names(where: str, received: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if set(received) != set(expected):
         remedy = (
-            "`use_bias`, `use_gate` of the config and the parameters must agree; a whole "
+            "`use_bias`, `use_gate`, `latent` of the config and the parameters must agree; a whole "
             "model's variables hold this layer's under its name."
         )
         if "params" in received:

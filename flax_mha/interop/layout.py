@@ -212,7 +212,8 @@ def _all_have_a_place(table: Sequence[Entry], params: ParamsLike) -> None:
         for leaf in leaves:
             if (projection, leaf) not in places:
                 rule = f"params[{projection!r}][{leaf!r}] has no place in that layer."
-                remedy = "Its config must do without: `use_gate`, norms, `position`, `use_sinks`."
+                without = "`use_gate`, `latent`, norms, `position`, `use_sinks`"
+                remedy = f"Its config must do without: {without}."
                 checks.fail(ValueError, rule, f"names {sorted(params)}", remedy)
 
 

@@ -38,6 +38,9 @@ def _is_config(config: Any) -> None:
     if not isinstance(config, MultiHeadAttentionConfig):
         rule = "`config` must be a MultiHeadAttentionConfig."
         checks.fail(TypeError, rule, f"config of type {type(config).__name__}")
+    if config.latent is not None:
+        rule = "Keras's layer makes keys and values of its inputs: `latent` must be None."
+        checks.fail(ValueError, rule, f"latent={config.latent}")
 
 
 def params_from(
