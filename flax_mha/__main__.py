@@ -28,7 +28,14 @@ from flax_mha.guides import pages
 
 # A heading and the files whose names stand below it; the names are those of `__init__.py`.
 GROUPS = {
-    "The layer": ("linen", "functional", "layer.equation", "config.config", "params"),
+    "The layer": (
+        "linen",
+        "functional",
+        "layer.equation",
+        "config.config",
+        "config.latent",
+        "params",
+    ),
     "Attention of arrays": ("attention.dispatch", "attention.explanation", "masks", "scores"),
     "Decoding": ("decoding", "layer.caches"),
     "Many devices": (

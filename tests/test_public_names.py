@@ -25,9 +25,12 @@ PUBLIC = {
     "flax_mha.interop.flax": """
         attention_fn from_flax_params from_linen_module from_nnx_module to_flax_params to_nnx_state
     """,
+    "flax_mha.interop.huggingface": """
+        AttentionLayer AttentionList AttentionRecord list_attention load_attention save_attention
+    """,
     "flax_mha.interop.jax_nn": "dot_product_attention",
     "flax_mha.interop.keras": """
-        AttentionLayer KerasLayer from_keras_layer from_keras_weights list_keras_layers
+        KerasLayer from_keras_layer from_keras_weights list_keras_layers
         load_attention load_keras_file
         read_keras_arrays save_keras_weights to_keras_weights
     """,

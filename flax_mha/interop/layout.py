@@ -62,7 +62,7 @@ def from_table(
             _absent_is_zero(entry, np.asarray(array))
             continue
         params.setdefault(projection, {})[leaf] = array
-    check_params(params, config, *((1, sizes[letter]) for letter in "DMC"))
+    check_params(params, config, *((1, size) for size in features_of(params).values()))
     return cast(Params, params)
 
 
@@ -122,7 +122,7 @@ def only(whose: str, config: MultiHeadAttentionConfig, fixed: Mapping[str, Any])
 def _incoming(entry: Entry, array: Any, sizes: Sizes) -> Array:
     """Split what is merged, then put the axes in our order; learns the sizes not yet known."""
     values = _floating(cast(str, entry.name), np.asarray(array))
-    groups = _groups(entry.axes)
+    groups = groups_of(entry.axes)
     _learn(entry, groups, values.shape, sizes)
     letters = "".join(groups)
     order = [letters.index(letter) for letter in _letters(entry)]
@@ -132,7 +132,7 @@ def _incoming(entry: Entry, array: Any, sizes: Sizes) -> Array:
 
 def _outgoing(entry: Entry, array: np.ndarray) -> np.ndarray:
     """The inverse: their order of axes, then merge."""
-    groups, ours = _groups(entry.axes), _letters(entry)
+    groups, ours = groups_of(entry.axes), _letters(entry)
     sizes = dict(zip(ours, array.shape, strict=True))
     order = [ours.index(letter) for letter in "".join(groups)]
     merged = [math.prod(sizes[letter] for letter in group) for group in groups]
@@ -141,12 +141,12 @@ def _outgoing(entry: Entry, array: np.ndarray) -> np.ndarray:
 
 def _letters(entry: Entry) -> str:
     projection, leaf = entry.place
-    spelled = "".join(_groups(entry.axes))
+    spelled = "".join(groups_of(entry.axes))
     table = LATENT_LETTERS if set(spelled) & set("LQUW") else LETTERS
     return letters_of(projection, leaf, len(spelled), table)
 
 
-def _groups(axes: str) -> list[str]:
+def groups_of(axes: str) -> list[str]:
     """`"(N H) D"` to `["NH", "D"]`."""
     found = re.findall(r"\([A-Z ]+\)|[A-Z]", axes)
     return [group.strip("()").replace(" ", "") for group in found]
@@ -182,7 +182,7 @@ def _likely_cause(shape: Shape, expected: list[int | None]) -> str:
 
 def _spelled(axes: str) -> str:
     """`"(N H) D"` to `"[N H, D]"`."""
-    return "[" + ", ".join(" ".join(group) for group in _groups(axes)) + "]"
+    return "[" + ", ".join(" ".join(group) for group in groups_of(axes)) + "]"
 
 
 def _floating(name: str, values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.layout import Entry, from_table, to_table
 from flax_mha.interop.torch.arrays import as_numpy, writable
 from flax_mha.interop.torch.models import Layout
-from flax_mha.params import check_params, places
+from flax_mha.interop.torch.packing import heads_of, packed, rolled, stacked, unpacked, unstacked
+from flax_mha.params import check_params, features_of, places
 
 PARTS = ("query", "key", "value")
 
@@ -32,10 +33,14 @@ def from_layout(
         for entry in _rows(layout, config)
         if entry.place in places(config) or prefix + _array_of(entry) in state
     ]
-    arrays = _selected(layout, table, state, prefix)
-    for name, axis in layout.packed.items():
+    read = _selected(layout, table, state, prefix, config)
+    heads = {name: heads_of(name, config) for name in _their_names(table)}
+    arrays = {name: stacked(name, read, each) for name, each in heads.items()}
+    for name, packing in layout.packed.items():
         if name in arrays:
-            arrays |= _unpacked(name, arrays.pop(name), axis, config)
+            arrays |= unpacked(name, arrays.pop(name), packing, layout.table, config)
+    for name in layout.shared_last:
+        arrays[name] = rolled(arrays[name], config, shared_first=True)
     params = from_table(table, arrays, config)
     _check_sizes(layout, cast(ParamsLike, params), config)
     return params
@@ -62,10 +67,14 @@ def _array_of(entry: Entry) -> str:
 
 
 def _selected(
-    layout: Layout, table: Sequence[Entry], state: Mapping[str, Any], prefix: str
+    layout: Layout,
+    table: Sequence[Entry],
+    state: Mapping[str, Any],
+    prefix: str,
+    config: MultiHeadAttentionConfig,
 ) -> dict[str, np.ndarray]:
     """The layer's own arrays by their names below the prefix; nothing else is read."""
-    expected = _their_names(table)
+    expected = [name for each in _their_names(table) for name in heads_of(each, config)]
     below = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
     own = [n for n in below if n.startswith(layout.owns) and not _is_foreign(n, layout)]
     for name in sorted(set(own) & set(layout.refused)):
@@ -109,34 +118,6 @@ def _hint(expected: Sequence[str], state: Mapping[str, Any], prefix: str) -> str
     return "Do the layout, and `use_bias`, `use_gate`, `qk_norm` of the config, fit this model?"
 
 
-def _lengths(config: MultiHeadAttentionConfig) -> dict[str, int]:
-    N, K, H, V = config.dims
-    return dict(zip(PARTS, (N * H, K * H, K * V)))
-
-
-def _unpacked(
-    name: str, array: np.ndarray, axis: int, config: MultiHeadAttentionConfig
-) -> dict[str, np.ndarray]:
-    """`name[query]`, `name[key]` and `name[value]` of a packed array."""
-    lengths = list(_lengths(config).values())
-    if array.ndim <= axis or array.shape[axis] != sum(lengths):
-        rule = f"`{name}` must hold query, key and value along axis {axis}: N H + K H + K V = "
-        checks.fail(
-            ValueError,
-            f"{rule}{' + '.join(map(str, lengths))} = {sum(lengths)}.",
-            f"shape {array.shape}",
-            _packed_cause(array, axis, sum(lengths)),
-        )
-    parts = np.split(array, np.cumsum(lengths)[:-1], axis)
-    return {f"{name}[{part}]": values for part, values in zip(PARTS, parts)}
-
-
-def _packed_cause(array: np.ndarray, axis: int, total: int) -> str:
-    if array.ndim == 2 and array.shape[1 - axis] == total:
-        return "Is it transposed? A Linear keeps [out, in], a Conv1D [in, out]."
-    return "Do num_heads, num_kv_heads, key_dim and value_dim of the config fit this layer?"
-
-
 # --- out ----------------------------------------------------------------------------------------
 
 
@@ -146,24 +127,20 @@ def to_layout(
     """The inverse of `from_layout`: NumPy arrays of their own memory, under prefixed names."""
     table = _rows(layout, config)
     arrays = to_table(table, params, config)
+    for name in layout.shared_last:
+        arrays[name] = rolled(arrays[name], config, shared_first=False)
     _check_sizes(layout, params, config)
-    for name, axis in layout.packed.items():
-        if f"{name}[query]" in arrays:
-            parts = [arrays.pop(f"{name}[{part}]") for part in PARTS]
-            arrays[name] = _joined(name, parts, axis)
-    return {prefix + name: writable(arrays[name]) for name in _their_names(table)}
-
-
-def _joined(name: str, parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    if len({array.dtype for array in parts}) > 1:
-        rule = f"`{name}` holds query, key and value, which must have one dtype."
-        checks.fail(TypeError, rule, ", ".join(str(array.dtype) for array in parts))
-    return np.concatenate(parts, axis)
+    for name, packing in layout.packed.items():
+        arrays |= packed(name, arrays, packing, layout.table, config)
+    parts: dict[str, np.ndarray] = {}
+    for name in _their_names(table):
+        parts |= unstacked(name, arrays[name], heads_of(name, config))
+    return {prefix + name: writable(array) for name, array in parts.items()}
 
 
 def _check_sizes(layout: Layout, params: ParamsLike, config: MultiHeadAttentionConfig) -> None:
     """The tree fits the config, and its sizes are such as the model can have."""
-    D, C, M = (params[name]["kernel"].shape[0] for name in PARTS)
+    D, M, C = features_of(params).values()
     check_params(params, config, (1, D), (1, M), (1, C))
     E = params["attention_output"]["kernel"].shape[2]
     sizes = {"D": D, "C": C, "M": M, "E": E, **config.dims._asdict()}

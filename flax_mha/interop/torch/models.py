@@ -1,13 +1,27 @@
 """Where PyTorch models keep the arrays of one attention layer: a layout for each, as data.
 
-`name[query]` in a table is the query's part of the array `name`, which holds query, key and value
-one after the other along the axis that `packed` tells.
+`name[query]` in a table is the query's part of the array `name`, which `packed` tells how to part.
+`name.{N}.weight` stands for one array a head, which the entry's first axis counts.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from flax_mha.interop.layout import Entry
+
+
+class Packing(NamedTuple):
+    """How one array holds several parts, which follow one another in the table's order.
+
+    Attributes:
+        axis: along which they stand.
+        within: None, each part whole; a letter, the parts of each of these heads together: with "K"
+            a key head's queries, its key and its value, `[K, G H + H + V]`; with "N" a query head's
+            query and gate, `[N, H + V]`.
+    """
+
+    axis: int
+    within: str | None = None
 
 
 class Layout(NamedTuple):
@@ -19,7 +33,9 @@ class Layout(NamedTuple):
         foreign: names among them, of arrays or of modules, that hold no weights of the layer.
         refused: names among them that change what the layer computes, with the reason.
         hints: what to do about names among them that have no place in the config; "" of any.
-        packed: arrays that hold query, key and value, and along which axis.
+        packed: arrays that hold several parts of the layer, and how.
+        shared_last: arrays whose heads keep last what here stands first, a latent layer's features
+            that all heads share.
         equal: products of sizes that are equal in such a model, in axis letters.
         whole_biases: whether such a layer has all biases or none: then one that the config lacks
             leaves as zeros, and comes in only if it is zero.
@@ -30,7 +46,8 @@ class Layout(NamedTuple):
     foreign: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
     hints: Mapping[str, str] = {}
-    packed: Mapping[str, int] = {}
+    packed: Mapping[str, Packing] = {}
+    shared_last: tuple[str, ...] = ()
     equal: tuple[str, ...] = ()
     whole_biases: bool = False
 
@@ -59,7 +76,7 @@ SEPARATE = Layout(
     ),
     owns=("",),
     refused={"bias_k": _LEARNED_KEY, "bias_v": _LEARNED_KEY},
-    packed={"in_proj_bias": 0},
+    packed={"in_proj_bias": Packing(0)},
     equal=("K=N", "V=H", "NH=D", "D=E"),
     whole_biases=True,
 )
@@ -72,7 +89,7 @@ PACKED = SEPARATE._replace(
         Entry(("value", "kernel"), "in_proj_weight[value]", "(K V) M"),
         *_TORCH_BIASES_AND_OUTPUT,
     ),
-    packed={"in_proj_weight": 0, "in_proj_bias": 0},
+    packed={"in_proj_weight": Packing(0), "in_proj_bias": Packing(0)},
     equal=(*SEPARATE.equal, "C=D", "M=D"),
 )
 
@@ -148,7 +165,7 @@ GPT2 = Layout(
     ),
     owns=("attn.",),
     foreign=("attn.bias", "attn.masked_bias"),
-    packed={"attn.c_attn.weight": 1, "attn.c_attn.bias": 0},
+    packed={"attn.c_attn.weight": Packing(1), "attn.c_attn.bias": Packing(0)},
     equal=("K=N", "V=H", "NH=D", "C=D", "M=D", "D=E"),
     whole_biases=True,
 )

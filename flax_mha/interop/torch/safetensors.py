@@ -1,10 +1,11 @@
 """Arrays from a `.safetensors` file, only those that are wanted; no pickle is ever loaded."""
 
+import contextlib
 import difflib
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,13 +51,32 @@ def load_safetensors(
         ...     load_safetensors(folder + "/model.safetensors", prefix="h.0.")
         {'h.0.attn.c_proj.bias': array([0., 0., 0., 0.], dtype=float32)}
     """
-    path = pathlib.Path(path)
+    with _opened(pathlib.Path(path)) as file:
+        wanted = _wanted(list(file.keys()), names, prefix)
+        return {name: _read(file, name) for name in wanted}
+
+
+class Header(NamedTuple):
+    """What a file says of an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(path: pathlib.Path) -> dict[str, Header]:
+    """Dtype and shape of each array of a `.safetensors` file, whose data are not read."""
+    with _opened(path) as file:
+        views = {name: file.get_slice(name) for name in list(file.keys())}
+        return {name: Header(x.get_dtype(), tuple(x.get_shape())) for name, x in views.items()}
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
     _refuse_pickle(path)
     safetensors = _library()
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            wanted = _wanted(list(file.keys()), names, prefix)
-            return {name: _read(file, name) for name in wanted}
+            yield file
     except safetensors.SafetensorError as error:
         rule = f"{path.name!r} must be a whole .safetensors file."
         evidence = f"{path.stat().st_size} bytes: {error}"
