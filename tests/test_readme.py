@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import checkpoints
 import jax
 import pytest
 
@@ -30,8 +31,10 @@ def test_blocks_are_found():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block_runs_and_prints_what_it_says(name, capsys):
+def test_block_runs_and_prints_what_it_says(name, capsys, tmp_path, monkeypatch):
     page, block = BLOCKS[name]
+    checkpoints.write(tmp_path / "my_model")  # which the README takes for the reader's own
+    monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(block, page, "exec"), {})
     promised = [line.split("#", 1)[1].strip() for line in block.splitlines() if "print(" in line]
