@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx, serialization
 from helpers import TOLERANCES, assert_close, assert_trees_close, normal, random_params, x64
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_mha
 from flax_mha import (
@@ -454,3 +456,23 @@ def test_refusals():
         MultiHeadAttentionConfig(2, 8, latent={"ranks": 4})
     assert multi_head_attention(params, x, x, x, config=config).shape == (B, T, E)
     assert TOLERANCES["float32"] < 2e-5
+
+
+def test_on_a_mesh_with_explicit_axes():
+    """Heads along one axis, examples along another; latents belong to all heads, and stay whole."""
+    config, params, x = layer(num_heads=4)
+    params = random_params(param_shapes(config, x.shape))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    specs = param_specs(config, {"heads": "model"}, mesh=mesh)
+    put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    cut_params, cut_x = jax.tree.map(put, params, specs), put(x, P("data"))
+    call = {"config": config, "use_causal_mask": True}
+    whole = multi_head_attention(params, x, x, **call)
+    assert_close(multi_head_attention(cut_params, cut_x, cut_x, **call), whole, "float32")
+    cache = jax.tree.map(lambda leaf: put(leaf, P("data")), init_cache(config, B, T))
+    output, cache = multi_head_attention(cut_params, cut_x, cut_x, **call, cache=cache)
+    assert_close(output, whole, "float32")
+    assert cache.key.sharding.spec == P("data", None, None, None)
+    cross = init_cross_cache(cut_params, cut_x, config=config)
+    output, _ = multi_head_attention(cut_params, cut_x, None, config=config, cache=cross)
+    assert_close(output, multi_head_attention(params, x, x, config=config), "float32")
