@@ -141,6 +141,10 @@ def test_chunks_follow_the_positions():
     packed = multi_head_attention(params, x, x, **call, segment_ids=ids[None])
     alone = [multi_head_attention(params, y, y, **call) for y in (x[:, :6], x[:, 6:])]
     assert_close(packed, jnp.concatenate(alone, 1), "float32")
+    mixed = multi_head_attention(params, x, x, **call, segment_ids=jnp.arange(T)[None] % 2)
+    for first in (0, 1):  # tokens of two sequences in turns: a chunk reaches twice as far
+        alone = multi_head_attention(params, x[:, first::2], x[:, first::2], **call)
+        assert_close(mixed[:, first::2], alone, "float32")
     padded = jnp.concatenate([x[:, :2], x], 1)
     at = jnp.concatenate([jnp.zeros(2, "int32"), jnp.arange(T, dtype="int32")])[None]
     real = jnp.asarray(np.arange(T + 2) >= 2)[None]
