@@ -27,7 +27,8 @@ PUBLIC = {
     """,
     "flax_mha.interop.jax_nn": "dot_product_attention",
     "flax_mha.interop.keras": """
-        KerasLayer from_keras_layer from_keras_weights list_keras_layers load_keras_file
+        AttentionLayer KerasLayer from_keras_layer from_keras_weights list_keras_layers
+        load_attention load_keras_file
         read_keras_arrays save_keras_weights to_keras_weights
     """,
     "flax_mha.interop.torch": """
@@ -42,7 +43,7 @@ PUBLIC = {
     """,
     "flax_mha.keras.regularizers": "L1 L1L2 L2 OrthogonalRegularizer Regularizer",
     "flax_mha.nnx": "MultiHeadAttention",
-    "flax_mha.norms": "L2Norm LayerNorm Norm RMSNorm",
+    "flax_mha.norms": "L2Norm LayerNorm Norm RMSNorm register",
     "flax_mha.plots": "plot_attention plot_bands plot_mask",
     "flax_mha.positions": """
         Alibi AxialRotary DenseBias DistanceFunction DynamicScaling GridBias LinearScaling

@@ -86,8 +86,8 @@ class MultiHeadAttentionConfig:
         HeadDims(N=4, K=4, H=16, V=16)
         >>> config.replace(use_bias=("value", "query")).biases, config.projections
         (('query', 'value'), ('query', 'key', 'value', 'attention_output'))
-        >>> config.cache_dims
-        HeadDims(N=2, K=2, H=16, V=16)
+        >>> config.cache_dims == config.dims
+        True
         >>> config.replace(qk_norm="l2").norms
         {'query_norm': L2Norm(epsilon=1e-12), 'key_norm': L2Norm(epsilon=1e-12)}
         >>> MultiHeadAttentionConfig.from_dict(config.to_dict()) == config

@@ -78,5 +78,10 @@ def _ids(name: str, value: Any, check: Callable[[str, Any], Any]) -> Any:
         return None if value is None else check(name, value)
     if not isinstance(value, tuple | list) or len(value) != 2:
         rule = f"`{name}` must be integers [B, T], or a pair ([B, T], [B, S])."
-        checks.fail(TypeError, rule, f"{name} of type {type(value).__name__}")
+        evidence = f"{name} of type {type(value).__name__}"
+        is_list = name == "positions" and isinstance(value, tuple | list)
+        remedy = (
+            "Several axes are one array: `jnp.stack([time, rows, columns])`." if is_list else ""
+        )
+        checks.fail(TypeError, rule, evidence, remedy)
     return tuple(check(name, array) for array in value)

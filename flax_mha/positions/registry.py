@@ -1,17 +1,19 @@
 """The classes of positions by their names: what a config's dict may name, own classes too."""
 
-import dataclasses
-import inspect
-from typing import Any, ClassVar, TypeVar, get_origin
+from typing import TypeVar
 
-from flax_mha.core import checks
 from flax_mha.core.frozen import Frozen
+from flax_mha.core.registry import Registry
 from flax_mha.positions.bias import PositionBias
 from flax_mha.positions.function import PositionFunction
 from flax_mha.positions.scalings import Scaling
 
-KINDS = (PositionFunction, PositionBias, Scaling)
-CLASSES: dict[str, type[Frozen]] = {}
+POSITIONS = Registry(
+    "position",
+    (PositionFunction, PositionBias, Scaling),
+    "Rotary, PositionFunction, Scaling, DistanceFunction or DenseBias",
+    "flax_mha.positions.register",
+)
 Class = TypeVar("Class", bound=type[Frozen])
 
 
@@ -49,53 +51,5 @@ def register(own: Class) -> Class:
         >>> MultiHeadAttentionConfig.from_dict(config.to_dict()).position.frequencies(4).tolist()
         [0.25, 0.0025]
     """
-    _check_class(own)
-    known = CLASSES.get(own.__name__, own)
-    if _path(known) != _path(own):
-        rule = f"A position is known by its class's name, and {own.__name__!r} is another's."
-        checks.fail(ValueError, rule, f"{_path(own)}, registered: {_path(known)}", "Rename it.")
-    CLASSES[own.__name__] = own
+    POSITIONS.add(own)
     return own
-
-
-def _check_class(cls: Any) -> None:
-    kinds = "Rotary, PositionFunction, Scaling, DistanceFunction or DenseBias"
-    rule = f"`register` takes a class, a subclass of {kinds}."
-    if not inspect.isclass(cls):
-        checks.fail(TypeError, rule, f"{cls!r} of type {type(cls).__name__}")
-    if not issubclass(cls, KINDS):
-        checks.fail(TypeError, rule, f"the class {_path(cls)}")
-    # Without the decorator the fields of a subclass are no fields: neither equal nor written.
-    known = {field.name for field in dataclasses.fields(cls)}
-    lost = [name for name, kind in _annotations(cls).items() if name not in known]
-    if lost and "__dataclass_fields__" not in vars(cls):
-        rule = f"`{cls.__name__}` has fields, and must be a frozen dataclass."
-        remedy = "Decorate it: `@register`, and below it `@dataclasses.dataclass(frozen=True)`."
-        checks.fail(TypeError, rule, f"the annotations {lost}", remedy)
-
-
-def _annotations(cls: type) -> dict[str, Any]:
-    """The class's own ones, without those of class variables."""
-    own = inspect.get_annotations(cls)
-    return {n: x for n, x in own.items() if x is not ClassVar and get_origin(x) is not ClassVar}
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def is_registered(cls: type) -> bool:
-    return CLASSES.get(cls.__name__) is cls
-
-
-def named(name: str, class_name: Any, kinds: tuple[type, ...]) -> type[Frozen]:
-    """The class of a name, among those of some kinds."""
-    known = {key: cls for key, cls in CLASSES.items() if issubclass(cls, kinds)}
-    if class_name not in known:
-        rule = f"`{name}['class_name']` must be one of {sorted(known)}."
-        remedy = (
-            "An own class is known once it is registered: decorate it by "
-            "`@flax_mha.positions.register`, and import its module before."
-        )
-        checks.fail(ValueError, rule, f"{class_name!r}", remedy)
-    return known[class_name]

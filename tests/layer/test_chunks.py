@@ -21,7 +21,7 @@ from flax_mha import (
     zigzag_inverse,
     zigzag_order,
 )
-from flax_mha.positions import AxialRotary, QueryGrowth
+from flax_mha.positions import AxialRotary, QueryGrowth, Rotary
 
 B, T, N, H, D, CHUNK = 2, 13, 3, 8, 17, 4
 
@@ -169,7 +169,8 @@ def test_scores_of_chosen_rows():
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_along_a_context_axis(layout, strategy):
-    config, params, x = layer(16, chunk_size=6, position="rotary", num_heads=4)
+    growth = QueryGrowth(0.5, 3, rotary=Rotary())
+    config, params, x = layer(16, chunk_size=6, position=growth, num_heads=4)
     params = random_params(param_shapes(config, x.shape))
     whole = multi_head_attention(params, x, x, config=config, use_causal_mask=True)
     n, axis = 4, ContextAxis("context", strategy, layout)

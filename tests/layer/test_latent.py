@@ -275,6 +275,16 @@ def test_ragged_prompts_jit_and_vmap():
     assert_close(output, formula[:, 7:], "float32")
 
 
+def test_dropout_falls_on_the_same_weights():
+    config, params, x = layer(dropout=0.4)
+    call = {"config": config, "use_causal_mask": True, "dropout_key": jax.random.key(3)}
+    whole = multi_head_attention(params, x, x, **call)
+    cached, _ = multi_head_attention(params, x, x, **call, cache=init_cache(config, B, T))
+    assert_close(cached, whole, "float32")
+    dry = multi_head_attention(params, x, x, **{**call, "dropout_key": None})
+    assert np.abs(whole - dry).max() > 0.1
+
+
 def test_rewind_reorder_and_state():
     config, params, x = layer()
     formula = expected(params, x, config)

@@ -186,6 +186,8 @@ def test_a_norm_of_one_s_own():
     doubled = dict(params, value=jax.tree.map(lambda leaf: 2 * leaf, params["value"]))
     plain = multi_head_attention(params, x, x, config=config.replace(value_norm=None))
     assert_close(multi_head_attention(doubled, x, x, config=config), plain, "float32")
+    with pytest.raises(TypeError, match=r"Register it: `@flax_mha.norms.register`"):
+        config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_a_norm_of_one_s_own():
     [
         ({"qk_norm": "layer"}, ValueError, r"`qk_norm` must be one of \['rms', 'l2'\]"),
         ({"value_norm": 3}, TypeError, "an object of flax_mha.norms"),
-        ({"qk_norm": {"class_name": "RMS"}}, ValueError, "'RMSNorm', 'LayerNorm', 'L2Norm'"),
+        ({"qk_norm": {"class_name": "RMS"}}, ValueError, "'L2Norm', 'LayerNorm', 'RMSNorm'"),
         ({"qk_norm": {"class_name": "RMSNorm", "config": {"eps": 1}}}, ValueError, "epsilon"),
         ({"scale": 0}, ValueError, "`scale` must be a finite number > 0"),
         ({"scale": jnp.ones(())}, TypeError, "must be a finite number > 0"),

@@ -451,6 +451,7 @@ def test_bad_sections(fields, error, message):
         ("whole", np.zeros((3, B, T + 1), int), ValueError, r"\[\*batch, T\]"),
         ("whole", np.zeros((3, 1, B, T), int), ValueError, r"\[axes, \*batch, T\]"),
         ("whole", np.zeros((3, B, T), complex), TypeError, "integers or floats"),
+        ("whole", list(np.zeros((3, B, T), int)), TypeError, "axes are one array.*jnp.stack"),
     ],
 )
 def test_bad_positions(position, positions, error, message):

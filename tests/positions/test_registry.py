@@ -21,8 +21,8 @@ from flax_mha.positions import (
     Rotary,
     Scaling,
     register,
-    registry,
 )
+from flax_mha.positions.registry import POSITIONS
 
 B, T, N, H, D = 2, 7, 3, 8, 17
 
@@ -149,12 +149,12 @@ def test_a_class_that_takes_a_known_name_is_written_as_no_other():
 
 
 def test_a_name_is_given_once_and_a_class_may_be_defined_anew(monkeypatch):
-    monkeypatch.setattr(registry, "CLASSES", dict(registry.CLASSES))
+    monkeypatch.setattr(POSITIONS, "classes", dict(POSITIONS.classes))
     assert register(Tuned) is Tuned
     first, second = hidden(), hidden()  # a notebook's cell that runs twice
     register(first)
     register(second)
-    assert registry.CLASSES["Hidden"] is second
+    assert POSITIONS.classes["Hidden"] is second
     elsewhere = type("Hidden", (Scaling,), {"__call__": first.__call__})
     with pytest.raises(ValueError, match=r"known by its class's name, and 'Hidden' is another's"):
         register(elsewhere)
@@ -186,7 +186,7 @@ def test_bad_classes(make, message):
 
 
 def test_a_subclass_without_fields_needs_no_decorator_of_its_own(monkeypatch):
-    monkeypatch.setattr(registry, "CLASSES", dict(registry.CLASSES))
+    monkeypatch.setattr(POSITIONS, "classes", dict(POSITIONS.classes))
 
     @register
     class Plain(Rotary):

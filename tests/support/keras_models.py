@@ -130,7 +130,8 @@ class Projections(keras.layers.Layer):
         self.rotary_embedding_layer = keras.layers.Identity()  # no weights: it has a group
         for name, heads in zip(("query", "key", "value"), self.heads):
             self.add_map(f"{name}_dense", self.equation, (None, heads, 5), shape)
-            self.add_norm(f"{self.prefix}{name}_dense_layer_norm")
+            for norm in (f"{self.prefix}{name}_dense_layer_norm", f"{name}_norm"):
+                self.add_norm(norm)
         self.add_map("output_dense", "btnh,nhd->btd", (None, shape[-1]), (None, None, 4, 5))
 
     def add_map(self, name, equation, sizes, shape):
@@ -176,11 +177,22 @@ class GemmaAttention(Projections):
 class Gemma3Attention(GemmaAttention):
     """KerasHub's Gemma 3: norms that keep their scales as w - 1."""
 
-    norms = ("query_norm",)
+    norms = ("query_norm", "key_norm")
+
+
+class T5Attention(keras.layers.Layer):
+    """KerasHub's T5: kernels `[D, N H]`, a table of distances in the layer itself."""
 
     def build(self, shape):
-        super().build(shape)
-        self.add_norm("query_norm")
+        for name in ("query", "key", "value", "output"):
+            sizes = (20, shape[-1]) if name == "output" else (shape[-1], 20)
+            part = keras.layers.Dense(sizes[1], use_bias=False, **ZEROS)
+            part.build((None, None, sizes[0]))
+            setattr(self, f"{name}_projector", part)
+        self.table = self.add_weight(shape=(32, 4), initializer="zeros", name="embeddings")
+
+    def call(self, x):
+        return x
 
 
 class Block(keras.layers.Layer):

@@ -68,13 +68,13 @@ def import_h5py() -> Any:
 
 @contextlib.contextmanager
 def open_keras_file(path: str | os.PathLike[str]) -> Iterator[KerasFile]:
-    """The file, known by its first bytes and not by its name."""
+    """The file, known by its first bytes and not by its name; or KerasHub's folder of a model."""
     h5py = import_h5py()
-    _not_a_directory(path)
     with contextlib.ExitStack() as stack:
+        config = _of_a_folder(path) if os.path.isdir(path) else None
+        path = weights_of(path)
         file: IO[bytes] = stack.enter_context(open(path, "rb"))
-        config = None
-        if file.read(4) == ZIP_MAGIC:
+        if config is None and file.read(4) == ZIP_MAGIC:
             config, file = stack.enter_context(_parts(file))
         file.seek(0)
         if file.read(8) != HDF5_MAGIC:
@@ -86,10 +86,25 @@ def open_keras_file(path: str | os.PathLike[str]) -> Iterator[KerasFile]:
         yield KerasFile(h5, size, config)
 
 
-def _not_a_directory(path: str | os.PathLike[str]) -> None:
-    if os.path.isdir(path):
-        rule = "A Keras model must be one file."
-        checks.fail(ValueError, rule, f"the directory {path!r}", "Save it with `zipped=True`.")
+def weights_of(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The file of the weights: of a folder, the one in it."""
+    return os.path.join(path, WEIGHTS) if os.path.isdir(path) else path
+
+
+def _of_a_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a folder as KerasHub's `save_to_preset` writes it."""
+    if not all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, WEIGHTS)):
+        rule = (
+            f"A Keras model must be one file, or KerasHub's folder of {CONFIG!r} and {WEIGHTS!r}."
+        )
+        remedy = "Save it with `zipped=True`; weights in several files, again in one."
+        checks.fail(ValueError, rule, f"the directory {path!r}", remedy)
+    with open(os.path.join(path, CONFIG), "rb") as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    if len(text) > MAX_CONFIG_BYTES:
+        rule = f"The folder's {CONFIG!r} must be of at most {MAX_CONFIG_BYTES} bytes."
+        checks.fail(ValueError, rule, "more")
+    return _parsed(text)
 
 
 def _unknown_format(path: str | os.PathLike[str], file: IO[bytes]) -> None:

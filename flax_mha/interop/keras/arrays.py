@@ -10,28 +10,25 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, Shape
-from flax_mha.norms import RMSNorm
-from flax_mha.params import check_params
-from flax_mha.positions import RelativeBias
+from flax_mha.params import check_params, places
 
 _ORDER = ("query", "key", "gate", "value", "attention_output")
+# Arrays of the layer itself come first: T5's table of distances, gpt-oss's sinks.
+_FIRST = [("relative_bias", "embedding"), ("sinks", "logits")]
 
 
 def places_of(config: MultiHeadAttentionConfig) -> list[tuple[str, str]]:
     """(projection, leaf) of every array, in Keras's order; what Keras lacks, in KerasHub's."""
     _is_config(config)
-    if isinstance(config.position, RelativeBias):
-        rule = "Keras's layer has no place for a table of distances."
-        remedy = "Carry it by hand: a config without `position`, and `relative_bias` added."
-        checks.fail(ValueError, rule, f"position={config.position}", remedy)
-    learned = isinstance(config.qk_norm, RMSNorm)
-    norms = {"query": "query_norm", "key": "key_norm"} if learned else {}
-    places = [("sinks", "logits")] if config.use_sinks else []
-    for projection in (name for name in _ORDER if name in config.projections):
-        places.append((projection, "kernel"))
-        places += [(projection, "bias")] if projection in config.biases else []
-        places += [(norms[projection], "scale")] if projection in norms else []
-    return places
+    rest = set(places(config))
+    named = [f"{name}{suffix}" for name in _ORDER for suffix in ("", "_norm")]
+    leaves = [(name, leaf) for name in named for leaf in ("kernel", "scale", "bias")]
+    ordered = [place for place in (*_FIRST, *leaves) if place in rest]
+    if len(ordered) < len(rest):
+        rule = "Keras's layers and KerasHub's must have a place for every array of the layer."
+        evidence = f"none for {sorted(rest - set(ordered))}"
+        checks.fail(ValueError, rule, evidence, "Carry it by hand.")
+    return ordered
 
 
 def _is_config(config: Any) -> None:

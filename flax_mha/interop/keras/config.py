@@ -31,7 +31,7 @@ def described_layers(config: Entry | None, groups: Iterable[str]) -> dict[str, E
 
 
 def _inside(config: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
-    """The layers in a model's list, under Keras's group names, and the one in a wrapper."""
+    """The layers in a model's list, under Keras's group names; the one in a wrapper or a task."""
     counts: dict[str, int] = {}
     layers = config.get("layers")
     for entry in layers if isinstance(layers, list) else []:
@@ -42,6 +42,8 @@ def _inside(config: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
             yield f"layers/{name}" + (f"_{counts[name]}" if counts[name] else ""), entry
     if _is_layer(config.get("layer")):
         yield "layer", config["layer"]
+    if _is_layer(config.get("backbone")):  # of KerasHub's tasks: a classifier, a language model
+        yield f"layers/{_snake_case(config['backbone']['class_name'])}", config["backbone"]
 
 
 def _is_layer(entry: Any) -> bool:
@@ -75,6 +77,13 @@ def entry_by_name(root: Entry, name: str, class_name: str) -> Entry | None:
             pending += item.values()
             found += [item] if name_of(item) == name and kind(item) == class_name else []
     return found[0] if len(found) == 1 else None
+
+
+def registered(entry: Entry) -> str | None:
+    """The name under which KerasHub registers the entry's class; None of another's class."""
+    name = entry.get("registered_name")
+    package, _, name = name.partition(">") if isinstance(name, str) else ("", "", "")
+    return name if package == "keras_hub" else None
 
 
 def nearest(path: str, described: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,13 +11,16 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.typing import Params, ParamsLike, Shape
 from flax_mha.interop.keras.archive import open_keras_file
+from flax_mha.interop.keras.arguments import Options, checked
 from flax_mha.interop.keras.arrays import check, params_from, places_of, tree_of
-from flax_mha.interop.keras.layer_config import config_of, is_keras_s
-from flax_mha.interop.keras.layers import any_layer, attention_layer, contents
+from flax_mha.interop.keras.hub import check_known
+from flax_mha.interop.keras.layer_config import call_of, config_of, told_of
+from flax_mha.interop.keras.layers import Contents, Layer, any_layer, attention_layer, contents
 from flax_mha.interop.keras.places import check_ordinary, placed
 from flax_mha.interop.keras.save import write_copy, write_new
 from flax_mha.interop.keras.tree import read_array
 from flax_mha.interop.keras.weights import to_keras_weights
+from flax_mha.interop.loaded import AttentionLayer
 
 PathLike = str | os.PathLike[str]
 
@@ -85,26 +88,28 @@ def load_keras_file(
     if the file is as large as they are.
 
     Args:
-        path: the file.
+        path: the file, or the folder that KerasHub's `save_to_preset` writes.
         layer: the layer's name in Keras, `attention` or below its models' names
             `encoder/attention`; or its path in the file, `layers/multi_head_attention_1`. None:
             the only attention layer of the file.
-        config: the layer's config; None reads it from the archive's config.json, or, for a
-            `.weights.h5` file, infers it: num_heads, key_dim, value_dim, use_bias, output_shape,
-            use_gate, num_kv_heads and param_dtype follow from the shapes. **Nothing tells** of
+        config: the layer's config; None reads it from the archive's config.json, of a model of
+            KerasHub by the layer's class (see `load_attention`), or, for a `.weights.h5` file,
+            infers it: num_heads, key_dim, value_dim, use_bias, output_shape, use_gate,
+            num_kv_heads and param_dtype follow from the shapes. **Nothing tells** of
             `attention_axes` and `sliding_window`, which change the numbers, nor of dropout,
             initializers, regularizers, constraints and seed: these get their defaults. None is
-            refused for another class: one that config.json describes or the file shows, by its
-            group's name in a list of layers, or by parts that Keras's own has not (a rotary
-            embedding, norms), as KerasHub's Llama, Qwen 3, Gemma and gpt-oss. Its config tells
-            what the file cannot: position, window, norms, sinks. A class derived from Keras's
-            that holds nothing more, as an attribute, cannot be told from it: pass its config.
+            refused for weights alone of another class, which the file shows by its group's name
+            in a list of layers, or by parts that Keras's own has not (a rotary embedding, norms),
+            as KerasHub's Llama, Qwen 3, Gemma and gpt-oss. A config then tells what they cannot:
+            position, window, norms, sinks. A class derived from Keras's that holds nothing more,
+            as an attribute, cannot be told from it: pass its config.
         kernel_axes: of query, key, value and gate: "DNH" as in Keras, "NDH" as in KerasHub's
             Gemma. None: as the sizes tell.
 
     Returns:
-        The config, and the parameters bit for bit. The scales of KerasHub's Qwen 3 come with
-        `qk_norm="rms"`, the sinks of its gpt-oss with `use_sinks=True`.
+        The config, and the parameters bit for bit. Of KerasHub's layers the norms' scales (Qwen 3,
+        Gemma 3) come with `qk_norm`, the sinks of gpt-oss with `use_sinks`, the table of T5 with
+        `position=RelativeBias()`; kernels `[N, D, H]` and `[D, N H]` are turned.
 
     Raises:
         ValueError: no such layer or several, with a list of the file's attention layers; a config
@@ -128,12 +133,75 @@ def load_keras_file(
         found = attention_layer(layer, model)
         check_ordinary(found)
         config = config_of(found, model) if config is None else config
-        places = placed(found, config, kernel_axes, is_keras_s(found, model))
-        dtypes = {place: array.stored.dtype for place, array in places.items()}
-        structs = {k: jax.ShapeDtypeStruct(x.shape, dtypes[k]) for k, x in places.items()}
-        check(tree_of(structs), config)  # before anything is read
-        arrays = {place: array.read() for place, array in places.items()}
-    return config, params_from(arrays, config)
+        return config, _params(found, model, config, kernel_axes)
+
+
+def _params(
+    layer: Layer, model: Contents, config: MultiHeadAttentionConfig, kernel_axes: str | None = None
+) -> Params:
+    places = placed(layer, config, told_of(layer, model, kernel_axes))
+    dtypes = {place: array.stored.dtype for place, array in places.items()}
+    structs = {k: jax.ShapeDtypeStruct(x.shape, dtypes[k]) for k, x in places.items()}
+    check(tree_of(structs), config)  # before anything is read
+    return params_from({place: array.read() for place, array in places.items()}, config)
+
+
+def load_attention(
+    path: PathLike, *, max_length: int | None = None, ignore: Sequence[str] = ()
+) -> dict[str, AttentionLayer]:
+    """Every attention layer of the model in a `.keras` file: config, parameters, what calls pass.
+
+    A model of KerasHub (Llama, Mistral, Qwen, Gemma, gpt-oss, Phi-3, T5, GPT-2, Bert, Whisper and
+    their kin; a task such as `LlamaCausalLM` too) tells its layers' configs by their classes;
+    Keras's own layers are described one by one, and a functional model tells their calls.
+
+    Args:
+        path: the `.keras` file, or the folder that KerasHub's `save_to_preset` writes.
+        max_length: the longest text that will be given; Phi-3's long variants need it.
+        ignore: names of a model's fields that would be refused, to be passed over: each layer is
+            then as without it. A `dropout` that is not of the weights has no effect at inference.
+
+    Returns:
+        An `AttentionLayer(config, params, call)` each by its path in the file, in the file's
+        order. Call it as `multi_head_attention(params, query, value, config=config, **call)`,
+        with the padding as its masks; `save_keras_weights(..., like=path)` takes the dict.
+
+    Raises:
+        ValueError: a model of KerasHub that is not known, or one of its fields that is set and not
+            known, by name; a layer about which the file does not tell enough, then
+            `load_keras_file` takes each layer with a config of yours; a damaged or hostile file.
+        TypeError: a `max_length` that is no int; an `ignore` that is one string.
+        ImportError: h5py is not installed.
+
+    Differs from Keras: (1) initializers are those of this package. (2) The sliding windows of
+    Qwen 2 and 3 are those of the file; keras_hub 0.32 leaves them out on JAX and PyTorch.
+
+    Example:
+        >>> import json, os, tempfile, jax, flax_mha
+        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=3, key_dim=8)
+        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 24))
+        >>> folder, path = tempfile.mkdtemp(), "layers/transformer_decoder/_self_attention_layer"
+        >>> weights = os.path.join(folder, "model.weights.h5")
+        >>> save_keras_weights(weights, {path: (config, params)})
+        >>> gpt = {"class_name": "GPT2Backbone", "registered_name": "keras_hub>GPT2Backbone",
+        ...        "config": {"num_heads": 3, "dropout": 0.1, "num_layers": 1}}
+        >>> with open(os.path.join(folder, "config.json"), "w") as file:
+        ...     json.dump(gpt, file)
+        >>> layer = load_attention(folder)[path]
+        >>> layer.config.dims, layer.config.dropout, layer.call
+        (HeadDims(N=3, K=3, H=8, V=8), 0.1, {'use_causal_mask': True})
+    """
+    options = checked(max_length, ignore)
+    with open_keras_file(path) as file:
+        model = contents(file)
+        check_known(model)
+        return {name: _loaded(layer, model, options) for name, layer in model.attention.items()}
+
+
+def _loaded(layer: Layer, model: Contents, options: Options) -> AttentionLayer:
+    check_ordinary(layer)
+    config, call = config_of(layer, model, options), call_of(layer, model)
+    return AttentionLayer(config, _params(layer, model, config), call)
 
 
 def read_keras_arrays(path: PathLike, layer: str | None = None) -> dict[str, np.ndarray]:
@@ -209,7 +277,7 @@ def save_keras_weights(
         >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)}, like=path)
     """
     arrays = {}
-    for name, (config, params) in layers.items():
+    for name, (config, params, *_) in layers.items():
         places = zip(places_of(config), to_keras_weights(params, config))
         arrays[name] = (config, dict(places))
     if like is None:

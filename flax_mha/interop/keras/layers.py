@@ -16,6 +16,11 @@ GROUPS = {
     MHA: dict(zip(_PROJECTIONS, _DENSE)),
     GQA: dict(zip(_PROJECTIONS, ("_" + name.lstrip("_") for name in _DENSE))),
 }
+# KerasHub mixes the two spellings, and its T5 has one of its own.
+SPELLINGS = {
+    name: (part.lstrip("_"), f"_{part.lstrip('_')}", part.replace("dense", "projector"))
+    for name, part in GROUPS[MHA].items()
+}
 LEAVES = {"0": "kernel", "1": "bias"}
 # Keras's own layers hold nothing else; neither part has numbers that a call depends on.
 _WEIGHTLESS = {"vars", "_softmax", "_dropout_layer"}
@@ -69,14 +74,23 @@ def _attention_layers(tree: Tree, names: Mapping[str, str]) -> dict[str, Layer]:
         indices.setdefault(group, []).append(index)
     found = {}
     for group in indices:
-        match = re.fullmatch(r"(.+)/(_?)query_dense/vars", group)
-        if match:
-            path, class_name = match[1], GQA if match[2] else MHA
-            parts = {name: f"{path}/{part}/vars" for name, part in GROUPS[class_name].items()}
-            if all("0" in indices.get(parts[name], ()) for name in parts if name != "gate"):
-                arrays = _arrays(tree, parts, indices)
-                found[path] = Layer(path, full_name(path, names), class_name, arrays, {}, set())
+        match = re.fullmatch(r"(.+)/(_?query_dense|query_projector)/vars", group)
+        parts = _parts_of(match[1], indices) if match else {}
+        if match and all(name in parts for name in _PROJECTIONS if name != "gate"):
+            path, class_name = match[1], GQA if match[2].startswith("_") else MHA
+            arrays = _arrays(tree, parts, indices)
+            found[path] = Layer(path, full_name(path, names), class_name, arrays, {}, set())
     _note_what_lies_with(tree, found)
+    return found
+
+
+def _parts_of(path: str, indices: Mapping[str, list[str]]) -> dict[str, str]:
+    """The group of each projection's arrays in the layer at a path, of those that are there."""
+    found: dict[str, str] = {}
+    for name, spellings in SPELLINGS.items():
+        for group in (f"{path}/{part}/vars" for part in spellings):
+            if "0" in indices.get(group, ()):
+                found.setdefault(name, group)
     return found
 
 

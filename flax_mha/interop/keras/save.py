@@ -19,14 +19,15 @@ from flax_mha.interop.keras.archive import (
     import_h5py,
     open_archive,
     open_keras_file,
+    weights_of,
 )
+from flax_mha.interop.keras.arrays import places_of
 from flax_mha.interop.keras.config import GQA, MHA
-from flax_mha.interop.keras.layer_config import is_keras_s
+from flax_mha.interop.keras.layer_config import told_of
 from flax_mha.interop.keras.layers import GROUPS, LEAVES, attention_layer, contents
-from flax_mha.interop.keras.places import Place, placed
+from flax_mha.interop.keras.places import FIELDS, TABLE, Place, placed
 from flax_mha.interop.keras.tree import BFLOAT16
 from flax_mha.interop.layout import zero_bias
-from flax_mha.norms import RMSNorm
 
 Arrays = Mapping[tuple[str, str], np.ndarray]
 Path = pathlib.Path
@@ -58,21 +59,24 @@ def write_copy(
 ) -> None:
     """A copy of `like`, in which nothing differs but these layers' numbers."""
     with open_keras_file(like) as file:
-        is_archive = file.config is not None
+        is_archive = file.config is not None and not os.path.isdir(like)
         _ends_in(path, ".keras" if is_archive else ".weights.h5")
         model = contents(file)
         replaced: dict[str, np.ndarray] = {}
+        tables: dict[str, Any] = {}
         for name, (config, arrays) in layers.items():
             layer = attention_layer(name, model)
-            places = placed(layer, config, kernel_axes, is_keras_s(layer, model))
+            places = placed(layer, config, told_of(layer, model, kernel_axes))
             has_biases = all(place in places for place in _biases(config.projections))
             given = _with_all_biases(arrays, config) if has_biases else arrays
             replaced |= _replacements(layer.path, places, given, replaced)
+            tables[layer.path] = (places.get(TABLE), given.get(TABLE))
+        _same_tables(tables, replaced)
     if is_archive:
         _patch_archive(path, replaced, like)
         return
     with _replacing(path) as target:
-        shutil.copyfile(like, target)
+        shutil.copyfile(weights_of(like), target)
         _patch(target, replaced)
 
 
@@ -109,11 +113,26 @@ def _replacements(
     if there != given:
         rule = f"The layer {layer!r} must keep its arrays: {_spelled(there)}."
         checks.fail(ValueError, rule, _spelled(given), "Cast or choose the layer accordingly.")
-    paths = {x.path: x.turned(arrays[place]) for place, x in places.items()}
+    own = {place: x for place, x in places.items() if x.path.startswith(f"{layer}/")}
+    paths = {x.path: x.turned(arrays[place]) for place, x in own.items()}
     if set(paths) & set(replaced):
         rule = "Every layer must be given once."
         checks.fail(ValueError, rule, f"two values for {layer!r}")
     return paths
+
+
+def _same_tables(
+    tables: Mapping[str, tuple[Place | None, Any]], replaced: Mapping[str, np.ndarray]
+) -> None:
+    """A table of distances that several layers use is written once, by the layer that owns it."""
+    for layer, (place, values) in tables.items():
+        if place is None or place.path.startswith(f"{layer}/"):
+            continue
+        there = replaced[place.path] if place.path in replaced else place.read()
+        if there.tobytes() != values.tobytes():
+            rule = f"The table of distances of {layer!r} must be that of its owner."
+            remedy = "Give both layers the same table."
+            checks.fail(ValueError, rule, f"another than at {place.path!r}", remedy)
 
 
 def _biases(projections: Iterable[str]) -> list[tuple[str, str]]:
@@ -145,11 +164,11 @@ def _writable(group: str, config: MultiHeadAttentionConfig) -> None:
     extra = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if extra.get("value_dim") == config.key_dim:
         del extra["value_dim"]
-    lacking = {"qk_norm": isinstance(config.qk_norm, RMSNorm), "use_sinks": config.use_sinks}
-    if any(lacking.values()):
-        rule = f"Keras's layer {group!r} has no place for {[n for n in lacking if lacking[n]]}."
+    lacking = sorted({FIELDS[name] for name, _ in places_of(config) if name in FIELDS})
+    if lacking:
+        rule = f"Keras's layer {group!r} has no place for {lacking}."
         remedy = "Write into a copy of KerasHub's file: `like=`."
-        checks.fail(ValueError, rule, f"qk_norm={config.qk_norm!r}", remedy)
+        checks.fail(ValueError, rule, f"{config}", remedy)
     if _class_of(config) == GQA and extra:
         rule = f"With `num_kv_heads` set, {group!r} is a {GQA}, which lacks {list(extra)}."
         checks.fail(ValueError, rule, f"{extra}")

@@ -11,6 +11,7 @@ from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.keras.arrays import check, params_from, places_of
 from flax_mha.interop.keras.config import CLASSES
 from flax_mha.interop.keras.layer_config import config_from_fields
+from flax_mha.interop.keras.live import from_hub_layer
 
 
 def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig) -> Params:
@@ -19,8 +20,8 @@ def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig)
     Args:
         weights: arrays in Keras's order: query, key, [gate,] value, attention_output; of each the
             kernel and, with `use_bias`, the bias. The gate stands between key and value. What
-            Keras's layer lacks stands as in KerasHub's: the norms' scales (`qk_norm="rms"`) behind
-            query and key as in Qwen 3, the sinks (`use_sinks`) first as in gpt-oss.
+            Keras's layer lacks stands as in KerasHub's: the norms' scales (`qk_norm`) behind query
+            and key as in Qwen 3, a table of distances first as in T5, then sinks as in gpt-oss.
         config: the layer; `num_kv_heads` is set for a `GroupQueryAttention`. A list has no names:
             kernels `[N, D, H]`, as of KerasHub's Gemma, are to be transposed to `[D, N, H]` first.
 
@@ -79,18 +80,21 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
 
 
 def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
-    """(config, params) of a built Keras `MultiHeadAttention` or `GroupQueryAttention`.
+    """(config, params) of a built attention layer of Keras, or of KerasHub.
 
     Args:
-        layer: the layer itself. Only its class's name, `get_config()` and `get_weights()` are read.
+        layer: Keras's `MultiHeadAttention` or `GroupQueryAttention`, of which only the class's
+            name, `get_config()` and `get_weights()` are read; or one of KerasHub's that
+            `load_attention` knows in a file, by its class, attributes and weights.
 
     Returns:
         The config, with the layer's dtype policy as `dtype` and `param_dtype`, and the parameters.
 
     Raises:
         ValueError: the layer is not built, or has what this package lacks: adapters,
-            quantization, a custom initializer, an `activity_regularizer` with grouped heads.
-        TypeError: another layer, a class derived from the two included.
+            quantization, a custom initializer, an `activity_regularizer` with grouped heads, a
+            table of distances that another layer owns (T5).
+        TypeError: another layer, a class derived from Keras's two included.
 
     Differs from Keras: (1) `flash_attention` is not taken over; see `implementation`. (2) Axes
     stay as Keras resolved them at build, e.g. `attention_axes=(1,)`.
@@ -108,14 +112,21 @@ def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
     """
     cls = type(layer)
     class_name = CLASSES.get(cls.__name__)
+    if cls.__module__.split(".")[0] == "keras_hub":
+        _is_built(layer)
+        return from_hub_layer(layer)
     if class_name is None or cls.__module__.split(".")[0] != "keras":
         rule = (
             "`layer` must be keras.layers.MultiHeadAttention or keras.layers.GroupQueryAttention."
         )
         remedy = "A derived class may compute something else: use `from_keras_weights`."
         checks.fail(TypeError, rule, f"{cls.__module__}.{cls.__qualname__}", remedy)
+    _is_built(layer)
+    config = config_from_fields(class_name, layer.get_config())
+    return config, from_keras_weights(layer.get_weights(), config)
+
+
+def _is_built(layer: Any) -> None:
     if not layer.built:
         remedy = "Call it, or `layer.build(query_shape, value_shape)`."
         checks.fail(ValueError, "The Keras layer must be built.", f"{layer.name!r}", remedy)
-    config = config_from_fields(class_name, layer.get_config())
-    return config, from_keras_weights(layer.get_weights(), config)

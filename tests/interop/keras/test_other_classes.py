@@ -17,13 +17,16 @@ from flax_mha.interop.keras import (
     save_keras_weights,
     to_keras_weights,
 )
+from flax_mha.norms import RMSNorm
 
 PLAIN = MultiHeadAttentionConfig(4, 5, use_bias=False, num_kv_heads=2)
+TABLED = MultiHeadAttentionConfig(4, 5, use_bias=False, position="relative_bias", scale=1.0)
 CONFIGS = {
     "LlamaAttention": PLAIN.replace(position="rotary", sliding_window=3),
     "Qwen3Attention": PLAIN.replace(position="rotary", qk_norm="rms"),
     "GptOssAttention": PLAIN.replace(position="rotary", use_sinks=True),
     "GemmaAttention": PLAIN.replace(position="rotary"),
+    "Gemma3Attention": PLAIN.replace(position="rotary", qk_norm=RMSNorm(offset=1.0), scale=0.3),
 }
 PATH = "layers/block/attention"
 
@@ -60,8 +63,9 @@ def test_with_its_config_it_comes_whole_and_goes_back(saved, name, tmp_path):
     taken, params = load_keras_file(path, None, config)
     assert taken is config
     theirs = numbers(layer)
-    if name == "GemmaAttention":
-        theirs = [w.swapaxes(0, 1) for w in theirs[:3]] + theirs[3:]
+    if name.startswith("Gemma"):
+        turned = [w.ndim == 3 and w.shape[0] in (2, 4) and w.shape[1] == D for w in theirs]
+        theirs = [w.swapaxes(0, 1) if turn else w for turn, w in zip(turned, theirs)]
     same_bits(to_keras_weights(params, config), theirs)
     same_bits(jax.tree.leaves(from_keras_weights(theirs, config)), jax.tree.leaves(params))
     doubled = jax.tree.map(lambda x: 2 * x, params)
@@ -80,10 +84,10 @@ def test_with_its_config_it_comes_whole_and_goes_back(saved, name, tmp_path):
         ("Qwen3Attention", PLAIN.replace(qk_norm="l2"), "'_query_dense_layer_norm/vars/0'"),
         ("GptOssAttention", PLAIN, r"place in the config.*'vars/0' \[4\].*use_sinks=True"),
         ("Gemma3Attention", PLAIN, r"'query_norm/vars/0' \[5\].*read_keras_arrays"),
-        ("Gemma3Attention", PLAIN.replace(qk_norm="rms"), r"'query_norm/vars/0' \[5\].*by hand"),
+        ("Gemma3Attention", PLAIN.replace(qk_norm="l2"), r"'query_norm/vars/0' \[5\].*by hand"),
         ("LlamaAttention", PLAIN.replace(qk_norm="rms"), r"`params` must hold.*'query_norm'"),
         ("LlamaAttention", PLAIN.replace(use_sinks=True), r"`params` must hold.*'sinks'"),
-        ("LlamaAttention", PLAIN.replace(position="relative_bias"), "no place for a table"),
+        ("LlamaAttention", TABLED, r"`params` must hold.*'relative_bias'"),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(saved, tmp_path, name, config, message):
@@ -236,3 +240,25 @@ def test_a_copy_does_not_lose_a_bias(whisper, tmp_path):
     params = {**params, "key": {**params["key"], "bias": np.ones((4, 5), "float32")}}
     with pytest.raises(ValueError, match=r"must keep its arrays: .*Received: .*key/bias \[4, 5\]"):
         save_keras_weights(tmp_path / "b.weights.h5", {PATH: (config, params)}, like=path)
+
+
+def test_dense_kernels_and_a_table_as_in_t5(saved, tmp_path):
+    path, layer = saved("T5Attention")
+    with pytest.raises(ValueError, match=r"of another class.*\[D, N H\] do not tell heads"):
+        load_keras_file(path)
+    params = load_keras_file(path, None, TABLED)[1]
+    table, *kernels = numbers(layer)
+    shapes = [(D, 4, 5)] * 3 + [(4, 5, D)]
+    theirs = [table, *(kernel.reshape(s) for kernel, s in zip(kernels, shapes))]
+    same_bits(to_keras_weights(params, TABLED), theirs)
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    save_keras_weights(tmp_path / "b.weights.h5", {PATH: (TABLED, doubled)}, like=path)
+    with h5py.File(tmp_path / "b.weights.h5") as h5:
+        np.testing.assert_array_equal(h5[f"{PATH}/output_projector/vars/0"], 2 * kernels[3])
+    for wrong, message in (
+        (TABLED.replace(key_dim=4), r"'query' must have 4 heads of 4 features.*\[17, 20\]"),
+        (TABLED.replace(position=None), r"'vars/0' \[32, 4\].*position='relative_bias'"),
+        (TABLED.replace(position=None, use_sinks=True), r"\['sinks'\]\['logits'\] must be \[N\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_keras_file(path, None, wrong)
