@@ -51,7 +51,7 @@ THINNED = {
     "layer/test_explicit_meshes.py": 9,
     "layer/test_flags.py": 4,
     "layer/test_keras_parity.py": 17,
-    "layer/test_latent.py": 4,
+    "layer/test_latent.py": 7,
     "layer/test_oracle.py": 17,
     "layer/test_transformations.py": 6,
     "positions/test_axes.py": 2,

@@ -21,7 +21,7 @@ from flax_mha import (
     zigzag_inverse,
     zigzag_order,
 )
-from flax_mha.positions import AxialRotary, QueryGrowth
+from flax_mha.positions import AxialRotary, QueryGrowth, Rotary
 
 B, T, N, H, D, CHUNK = 2, 13, 3, 8, 17, 4
 
@@ -141,6 +141,10 @@ def test_chunks_follow_the_positions():
     packed = multi_head_attention(params, x, x, **call, segment_ids=ids[None])
     alone = [multi_head_attention(params, y, y, **call) for y in (x[:, :6], x[:, 6:])]
     assert_close(packed, jnp.concatenate(alone, 1), "float32")
+    mixed = multi_head_attention(params, x, x, **call, segment_ids=jnp.arange(T)[None] % 2)
+    for first in (0, 1):  # tokens of two sequences in turns: a chunk reaches twice as far
+        alone = multi_head_attention(params, x[:, first::2], x[:, first::2], **call)
+        assert_close(mixed[:, first::2], alone, "float32")
     padded = jnp.concatenate([x[:, :2], x], 1)
     at = jnp.concatenate([jnp.zeros(2, "int32"), jnp.arange(T, dtype="int32")])[None]
     real = jnp.asarray(np.arange(T + 2) >= 2)[None]
@@ -165,7 +169,8 @@ def test_scores_of_chosen_rows():
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_along_a_context_axis(layout, strategy):
-    config, params, x = layer(16, chunk_size=6, position="rotary", num_heads=4)
+    growth = QueryGrowth(0.5, 3, rotary=Rotary())
+    config, params, x = layer(16, chunk_size=6, position=growth, num_heads=4)
     params = random_params(param_shapes(config, x.shape))
     whole = multi_head_attention(params, x, x, config=config, use_causal_mask=True)
     n, axis = 4, ContextAxis("context", strategy, layout)
