@@ -34,7 +34,6 @@ THINNED = {
     "bench/aot/test_programs.py": 9,
     "interop/flax/test_attention_fn.py": 5,
     "interop/keras/test_hub_archives.py": 4,
-    "interop/keras/test_kerashub.py": 4,
     "interop/keras/test_other_classes.py": 4,
     "interop/keras/test_weights.py": 3,
     "interop/test_jax_nn.py": 5,

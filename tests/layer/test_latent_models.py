@@ -10,6 +10,7 @@ from flax_mha import Latent, MultiHeadAttentionConfig, init_cache, multi_head_at
 from flax_mha.norms import RMSNorm
 from flax_mha.positions import Rotary
 
+pytestmark = pytest.mark.models
 B, T, N, D = 2, 130, 4, 32
 L, Q, W, U, V = 12, 20, 8, 16, 10
 SHAPES = {

@@ -342,6 +342,7 @@ def rotated_by(library, torch, embedding, x, at):
     return library.apply_rotary_pos_emb(query, query, cos, sin)[0].transpose(1, 2).numpy()
 
 
+@pytest.mark.models
 @pytest.mark.parametrize(
     ("module", "prefix", "kind", "layout", "sections"),
     [
@@ -364,6 +365,7 @@ def test_m_rope_is_that_of_the_transformers_library(module, prefix, kind, layout
     np.testing.assert_allclose(ours(x, at), expected, atol=3e-5)
 
 
+@pytest.mark.models
 def test_the_vision_tower_of_qwen2_vl():
     torch, library = torch_and("qwen2_vl.modeling_qwen2_vl")
     rope = {"rope_type": "axial", "rope_theta": 1e4}
@@ -379,6 +381,7 @@ def test_the_vision_tower_of_qwen2_vl():
     np.testing.assert_allclose(ours(x, at[:, None])[0], expected.numpy(), atol=3e-5)
 
 
+@pytest.mark.models
 def test_pixtral_s_rows_and_columns():
     torch, library = torch_and("pixtral.modeling_pixtral")
     rope = {"rope_type": "axial", "rope_theta": 1e4}
@@ -393,6 +396,7 @@ def test_pixtral_s_rows_and_columns():
     np.testing.assert_allclose(ours(x, at[:, None]), expected.transpose(1, 2).numpy(), atol=3e-5)
 
 
+@pytest.mark.models
 def test_dinov3_s_coordinates_and_its_prefix():
     """Class and register tokens stand at 0, which turns nothing."""
     torch, library = torch_and("dinov3_vit.modeling_dinov3_vit")

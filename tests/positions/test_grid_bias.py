@@ -242,6 +242,7 @@ def test_own_biases_with_tables(position, bias, implementation):
 # --- the transformers library -------------------------------------------------------------------
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("grid", [(4, 4), (2, 5), (1, 1)], ids=str)
 def test_entries_are_swin_s_and_beit_s(grid):
     reason = "needs transformers and torch"

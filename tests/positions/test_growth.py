@@ -158,6 +158,7 @@ def test_refusals():
         multi_head_attention(params, x, x, config=config, positions=jnp.zeros((B, T)))
 
 
+@pytest.mark.models
 def test_the_transformers_library_agrees():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch = pytest.importorskip("torch", reason="torch is not installed")

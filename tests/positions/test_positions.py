@@ -116,6 +116,7 @@ def test_yarn_scaling_pair_by_pair():
     assert YarnScaling(4.0, 2048, attention_factor=1.0).magnitude() == 1.0
 
 
+@pytest.mark.models
 @pytest.mark.parametrize(
     ("kind", "ours"),
     [
@@ -215,6 +216,7 @@ def test_t5_s_default_buckets():
     assert (RelativeBias(32, 128).buckets(apart)[1:] == np.array(expected)[1:] + 16).all()
 
 
+@pytest.mark.models
 def test_t5_s_buckets_are_those_of_the_transformers_library():
     t5 = pytest.importorskip(
         "transformers.models.t5.modeling_t5", reason="needs transformers and torch"

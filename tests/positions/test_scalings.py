@@ -125,6 +125,7 @@ def theirs(kind, original=100, partial=None, length=None):
     return values.double().numpy(), factor
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("name", SCALED)
 def test_scalings_are_those_of_the_transformers_library(name):
     kind, ours = SCALED[name]
@@ -135,6 +136,7 @@ def test_scalings_are_those_of_the_transformers_library(name):
     assert ours.magnitude() == pytest.approx(factor, rel=1e-7)
 
 
+@pytest.mark.models
 def test_a_part_of_the_head():
     """`Rotary(dim=)` is partial_rotary_factor, except where frequencies are proportional."""
     for name in ("linear", "yarn-beta_fast", "llama3", "dynamic"):
@@ -144,6 +146,7 @@ def test_a_part_of_the_head():
         np.testing.assert_allclose(found, expected, rtol=5e-7, atol=1e-12)
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("original", [3, 5, 2**20])
 def test_yarn_s_ramp_outside_of_the_head(original):
     """Lengths whose ramp begins or ends before the first pair, or behind the last."""
@@ -194,6 +197,7 @@ def test_bad_scalings(make, error, message):
 # --- ALiBi --------------------------------------------------------------------------------------
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("num_heads", [1, 2, 6, 8, 12])
 @pytest.mark.parametrize("max_bias", [8.0, 4.0])
 def test_slopes_of_mpt(num_heads, max_bias):

@@ -101,7 +101,7 @@ def test_a_field_is_read_or_passed_over_and_not_both(model_type):
     assert not read(model_type, {}).seen & family.ignored
 
 
-@pytest.mark.slow
+@pytest.mark.models
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_field_of_transformers_config_is_understood(model_type):
     cls = config_class(model_type)
@@ -111,7 +111,7 @@ def test_every_field_of_transformers_config_is_understood(model_type):
     assert [name for name in fields.unread() if name not in known] == []
 
 
-@pytest.mark.slow
+@pytest.mark.models
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_defaults_are_those_of_transformers(model_type):
     cls = config_class(model_type)

@@ -21,6 +21,7 @@ from flax_mha.interop.keras import (
 )
 from flax_mha.positions import RelativeBias, Rotary
 
+pytestmark = pytest.mark.models
 TOLERANCE = 2e-5  # of the largest entry
 # On JAX these leave their window out: without the fused product they are what the file says.
 DENSE = ["qwen.qwen_attention", "qwen3.qwen3_attention", "qwen3_moe.qwen3_moe_attention"]

@@ -137,6 +137,7 @@ def test_layers_of_all_biases_get_zeros(layout):
         interop.from_torch_state_dict(state, sizes, layout=layout)
 
 
+@pytest.mark.models
 def test_a_module_s_biases_come_as_they_are():
     config = MultiHeadAttentionConfig(2, 4)
     state = interop.to_torch_state_dict(params_of(config, 8), config)

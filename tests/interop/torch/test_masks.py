@@ -47,6 +47,7 @@ TORCH_MASKS = {
 QUICK = ("rank 2", "rank 3 and padding", "floats and -inf", "padding of floats")
 
 
+@pytest.mark.models
 @pytest.mark.parametrize(
     "case",
     [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in TORCH_MASKS],
@@ -107,6 +108,7 @@ def test_a_query_that_may_attend_nowhere_has_no_nan():
     assert (output == params["attention_output"]["bias"][None, None]).all()
 
 
+@pytest.mark.models
 def test_torch_tensors_as_masks():
     torch = installed_torch()
     causal = torch.nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.bfloat16)

@@ -59,6 +59,7 @@ def test_bfloat16_by_hand(tmp_path):
     assert array.astype("float32")[0].tolist() == [1.0, -2.0]
 
 
+@pytest.mark.models
 def test_a_file_of_torch(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     import safetensors.torch
@@ -132,6 +133,7 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
     assert load_safetensors(path)["a"].shape == (3, 4)
 
 
+@pytest.mark.models
 def test_torch_save_is_refused_and_converts_as_the_message_says(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     import safetensors.torch

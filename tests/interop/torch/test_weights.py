@@ -230,6 +230,7 @@ def test_a_models_layer_gives_its_numbers(case, model):
     assert_close(actual, expected, "float32")
 
 
+@pytest.mark.models
 @pytest.mark.parametrize(
     ("features", "bias"),
     [
@@ -259,6 +260,7 @@ def test_the_modules_numbers(features, bias):
             assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
+@pytest.mark.models
 def test_the_fast_path_gives_the_same_numbers():
     """Torch's fused kernel serves an even number of heads, self-attention, no gradient."""
     with torch_module(2 * H, 2) as (torch, module):
@@ -275,6 +277,7 @@ def test_the_fast_path_gives_the_same_numbers():
         assert_close(output, expected, "float32")
 
 
+@pytest.mark.models
 def test_tensors_of_any_kind():
     torch = installed_torch()
     state = {name: torch.from_numpy(array) for name, array in exported("torch").items()}
@@ -293,6 +296,7 @@ def test_tensors_of_any_kind():
         interop.from_torch_state_dict(state, CONFIG, prefix="a.")
 
 
+@pytest.mark.models
 def test_bfloat16_goes_back_as_the_docstring_says():
     torch = installed_torch()
     params = jax.tree.map(lambda x: x.astype("bfloat16"), LAYOUTS["torch"][1])
@@ -308,6 +312,7 @@ def test_bfloat16_goes_back_as_the_docstring_says():
     assert_same_bits(back, params)
 
 
+@pytest.mark.models
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "llama", "qwen2", "gpt2"])
 def test_real_models_of_transformers(model):
@@ -518,6 +523,7 @@ def test_an_adapter_below_a_linear_layer_is_refused():
         interop.from_linear_layers({**state, "q_lin.lora_A.weight": 0}, CONFIG, names=NAMES)
 
 
+@pytest.mark.models
 def test_modules_that_are_refused():
     torch = installed_torch()
     with pytest.raises(ValueError, match="`add_zero_attn=True` is not supported"):
