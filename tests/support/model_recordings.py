@@ -1,6 +1,6 @@
 """A tiny model of a family, saved in a folder, and what went in and out of its attention modules.
 
-transformers runs it in torch, float32, eager: what comes out there is what a layer must give.
+transformers runs it in torch, float32: what comes out there is what a layer must give.
 """
 
 import contextlib

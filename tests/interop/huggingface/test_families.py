@@ -82,10 +82,10 @@ def test_the_whole_call_is_transformers_own(recorded, name):
     errors = {}
     for module, call in calls.items():
         layer, given = layers[module], passed(name, call)
-        once = attend_once(layer, call.query, call.value, **given)
-        compiled = attend(layer, call.query, call.value, implementation="blockwise", **given)
-        errors[module, "reference"] = relative_error(once, call)
-        errors[module, "blockwise"] = relative_error(compiled, call)
+        defined = attend(layer, call.query, call.value, implementation="reference", **given)
+        blocks = attend(layer, call.query, call.value, implementation="blockwise", **given)
+        errors[module, "reference"] = relative_error(defined, call)
+        errors[module, "blockwise"] = relative_error(blocks, call)
     report(name, "whole", errors, given)
     assert max(errors.values()) <= TOLERANCE, errors
 
