@@ -82,6 +82,17 @@ def kinds(default: Callable[[Fields, int], str]) -> Kind:
     return kind
 
 
+def if_used(kind: Kind) -> Kind:
+    """Without `use_sliding_window` there is no window, whatever `layer_types` says."""
+
+    def full_unless_used(fields: Fields, at: Index) -> str:
+        this = kind(fields, at)
+        is_local = this == "sliding_attention" and not fields.flag("use_sliding_window")
+        return "full_attention" if is_local else this
+
+    return full_unless_used
+
+
 def every(period: str, first: bool = False, local: str = "sliding_attention") -> Kind:
     """One layer of each `period` is full, the last or the first; the others are local."""
 

@@ -84,6 +84,8 @@ def position(
     rope.seen |= {"rope_type", "type"}
     if not isinstance(kind, str) or kind not in _TYPES:
         rope.refuse("rope_type", f"known are {sorted(_TYPES)}", kind)
+    if dim != H and kind != "proportional" and "partial_rotary_factor" not in fields.defaults:
+        rope.refuse("partial_rotary_factor", "a model of this type turns whole heads")
     base, scaling = _TYPES[kind](fields, rope, base, dim)
     for name in rope.unread():
         rope.refuse(name, f"rotary positions of type {kind!r} are not known to read it")

@@ -34,6 +34,7 @@ from flax_mha.interop.huggingface.readers import (
     clip,
     dropout,
     heads,
+    if_used,
     kinds,
     late,
     normed,
@@ -62,7 +63,7 @@ _RMS = normed(RMSNorm, "rms_norm_eps")
 _RMS_OFFSET = normed(RMSNorm, "rms_norm_eps", offset=1.0)
 _GEMMA_SCALE = scaled("query_pre_attn_scalar", lambda number: number**-0.5)
 _TURNED = rotary(interleaved=True)
-_LATE = kinds(late)
+_LATE = if_used(kinds(late))
 _TWO_THETAS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 _ONE_THETA = {"full_attention": "rope_theta", "sliding_attention": "rope_theta"}
 
@@ -147,12 +148,12 @@ LLAMAS = (
         rotary_by_kind(BY_PERIOD, _TWO_THETAS),
         _BIAS,
         _GEMMA_SCALE,
-        soft_cap(),
         _RMS_OFFSET,
         gemma3_window,
         layout=_HEAD_NORMS,
         call=unless("use_bidirectional_attention", CAUSAL),
         defaults={"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+        refused={"attn_logit_softcapping": "a Gemma 3 caps no logits, whatever it says"},
         ignored=fields_set("_sliding_window_pattern final_logit_softcapping cache_implementation"),
     ),
     _llama(
@@ -165,6 +166,7 @@ LLAMAS = (
             "embd_pdrop full_attn_mod interpolate_factor lm_head_bias "
             "original_max_position_embeddings resid_pdrop"
         ),
+        defaults={"partial_rotary_factor": 1.0},
     ),
     _llama(
         "phi",
