@@ -12,6 +12,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks, tree_checks
 from flax_mha.core.typing import Params, ParamsLike, PRNGKey, Shape
 from flax_mha.keras.initializers import Initializer
+from flax_mha.norms import Norm
 from flax_mha.positions.bias import PositionBias
 
 # How many leading axes of a kernel are summed over; the others are the outputs.
@@ -162,7 +163,7 @@ def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
     if config.latent is not None:
         sizes |= {"query_latent_norm": (1, config.latent.query_rank or 0)}
         sizes |= {"latent_norm": (1, config.latent.rank)}
-    shapes = {name: norm.shapes(*sizes[name]) for name, norm in config.norms.items()}
+    shapes = {name: _of_norm(norm, sizes[name]) for name, norm in config.norms.items()}
     extras: dict[str, Any] = {
         name: {key: leaf(shape) for key, shape in leaves.items()}
         for name, leaves in shapes.items()
@@ -173,6 +174,17 @@ def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
     if config.use_sinks:
         extras["sinks"] = {"logits": leaf((N,))}
     return extras
+
+
+def _of_norm(norm: Norm, sizes: tuple[int, int]) -> dict[str, Shape]:
+    """The shapes of a norm's parameters, whose axes must have letters."""
+    shapes = norm.shapes(*sizes)
+    for leaf, shape in shapes.items():
+        if leaf not in ("scale", "bias") or tuple(shape) not in (sizes, sizes[1:]):
+            rule = "A norm's parameters are `scale` and `bias`, [features] or [heads, features]."
+            evidence = f"{leaf!r} of shape {shape} of {norm}, heads and features {sizes}"
+            checks.fail(ValueError, rule, evidence)
+    return shapes
 
 
 def _projection(name: str, kernel: Shape, config: MultiHeadAttentionConfig) -> Any:

@@ -22,7 +22,10 @@ class Norm(Frozen):
     """
 
     def shapes(self, heads: int, features: int) -> dict[str, Shape]:
-        """The shapes of its parameters by their names, of `heads` heads of `features` features."""
+        """The shapes of its parameters, of `heads` heads of `features` features.
+
+        They may be called "scale" and "bias", `[features]` or `[heads, features]`.
+        """
         return {}
 
     def initial(self, leaf: str) -> float:

@@ -190,6 +190,19 @@ def test_a_norm_of_one_s_own():
         config.to_dict()
 
 
+@pytest.mark.parametrize("shapes", [{"gain": (H,)}, {"scale": (N, 1)}, {"scale": ()}], ids=str)
+def test_parameters_of_an_own_norm_have_letters(shapes):
+    class Odd(Norm):
+        def shapes(self, heads, features):
+            return shapes
+
+        def __call__(self, x_BTNH, params):
+            return x_BTNH
+
+    with pytest.raises(ValueError, match=r"A norm's parameters are `scale` and `bias`.*Odd"):
+        param_shapes(MultiHeadAttentionConfig(N, H, qk_norm=Odd()), (T, D))
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
