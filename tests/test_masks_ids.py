@@ -106,5 +106,5 @@ def test_ids_that_are_no_pair():
     for wrong in (3, [IDS] * 3, "packed"):
         with pytest.raises(TypeError, match=r"`segment_ids` must be integers \[B, T\], or a pair"):
             attend(segment_ids=wrong)
-    with pytest.raises(TypeError, match="`positions` must be an integer array"):
+    with pytest.raises(TypeError, match="`positions` must be an array of integers"):
         attend(positions=(IDS, IDS * 1.0))

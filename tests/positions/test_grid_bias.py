@@ -148,7 +148,7 @@ def test_a_layer_without_it_compiles_to_the_same_program():
         ("cache", NotImplementedError, "with a cache it has no meaning.*KVCache"),
         ("encoder", NotImplementedError, "with a cache it has no meaning.*CrossCache"),
         ("context", NotImplementedError, r"context axis would cut.*context_axis=None"),
-        ("positions", ValueError, "read by rotary embedding alone"),
+        ("positions", ValueError, "read by rotary embedding, `QueryGrowth`"),
     ],
 )
 def test_where_it_is_refused(call, error, message):

@@ -9,9 +9,13 @@ import warnings
 
 import jax
 import keras
-import keras_hub
 import numpy as np
+import pytest
 from helpers import relaxed
+
+keras_hub = pytest.importorskip(
+    "keras_hub", reason="keras_hub is not installed: pip install keras-hub"
+)
 
 LENGTH, WINDOW, BATCH = 130, 17, 2
 MODELS = keras_hub.models

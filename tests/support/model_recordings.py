@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import transformers
+import pytest
 from decoder_families import DECODERS
-from huggingface_hub.errors import StrictDataclassError
 from model_families import ENCODERS, IMAGES, PAIRS, TOKENS, Family, T
 from safetensors.numpy import load_file
+
+ABSENT = "torch or transformers is not installed: pip install -e '.[test-models]'"
+torch = pytest.importorskip("torch", reason=ABSENT)
+transformers = pytest.importorskip("transformers", reason=ABSENT)
+StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDataclassError
 
 FAMILIES: dict[str, Family] = {**ENCODERS, **IMAGES, **DECODERS, **PAIRS}
 _SOURCES = ("key_value_states", "encoder_hidden_states", "key")
