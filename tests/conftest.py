@@ -44,7 +44,7 @@ THINNED = {
     "keras/test_regularizers.py": 8,
     "layer/test_bad_cache.py": 4,
     "layer/test_caches.py": 4,
-    "layer/test_chunks.py": 4,
+    "layer/test_chunks.py": 7,
     "layer/test_debugging.py": 12,
     "layer/test_dropout.py": 3,
     "layer/test_explicit_meshes.py": 9,

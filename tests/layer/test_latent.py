@@ -238,16 +238,16 @@ def test_a_step_copies_no_values(monkeypatch):
     config, params, x = layer(**fields, implementation="reference")
     one, cache = x[:1, :1], init_cache(config, 1, 4096, "float32")
 
-    def temporary():
-        step = lambda x, cache: multi_head_attention(params, x, x, config=config, cache=cache)
+    def temporary(seed):  # a config of its own, so that no trace is taken over
+        call = {"config": config.replace(seed=seed)}
+        step = lambda x, cache: multi_head_attention(params, x, x, **call, cache=cache)
         compiled = jax.jit(step, donate_argnums=1).lower(one, cache).compile()
-        jax.clear_caches()
         return compiled.memory_analysis().temp_size_in_bytes / cache.key.nbytes
 
-    whole = temporary()
+    whole = temporary(1)
     cut = lambda self, view: view._replace(value_BSKV=view.key_BSKH[..., :112])
     monkeypatch.setattr(AbsorbedHeads, "read", cut)
-    assert temporary() > whole + 0.7
+    assert temporary(2) > whole + 0.7
 
 
 def test_ragged_prompts_jit_and_vmap():
