@@ -121,7 +121,7 @@ def list_attention(
 
 
 def _cells(record: AttentionRecord) -> list[str]:
-    """The columns of a row: heads, position, what else is set, and the call."""
+    """The columns of a row: heads, position, window, what else is set, and the call."""
     config, call = record.config, record.call
     N, K, H, V = config.dims
     heads = f"{N} heads of {H}" + (f", {K} of keys" if K != N else "")
@@ -129,7 +129,20 @@ def _cells(record: AttentionRecord) -> list[str]:
     window = "" if config.sliding_window is None else f"window {config.sliding_window}"
     window = window if config.chunk_size is None else f"chunks of {config.chunk_size}"
     given = ["causal" if name == "use_causal_mask" else name for name in call]
-    return [record.name, heads, _position(config.position), window, ", ".join(given), record.remark]
+    cells = [record.name, heads, _position(config.position), window, _others(config)]
+    return [*cells, ", ".join(given), record.remark]
+
+
+def _others(config: MultiHeadAttentionConfig) -> str:
+    """What changes the numbers besides heads, position and window."""
+    norms = {"qk": config.qk_norm, "v": config.value_norm}
+    said = [f"{what} {type(norm).__name__}" for what, norm in norms.items() if norm is not None]
+    if config.latent is not None:
+        said.append(f"latents of {config.latent.rank}")
+    numbers = {"scale": config.scale, "cap": config.soft_cap, "clip": config.clip_qkv}
+    said += [f"{what} {number:.4g}" for what, number in numbers.items() if number is not None]
+    flags = {"sinks": config.use_sinks, "gate": config.use_gate}
+    return ", ".join([*said, *(what for what, is_set in flags.items() if is_set)])
 
 
 def _position(position: Any) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from checkpoints import CONFIG, PATHS, D, H, K, N
 
-from flax_mha import MultiHeadAttentionConfig, multi_head_attention
-from flax_mha.interop.huggingface import list_attention, load_attention
+from flax_mha import Latent, MultiHeadAttentionConfig, multi_head_attention
+from flax_mha.interop.huggingface import AttentionRecord, list_attention, load_attention
 from flax_mha.interop.torch import from_linear_layers
 from flax_mha.norms import LayerNorm, RMSNorm
 from flax_mha.positions import (
@@ -318,3 +318,15 @@ def test_the_list_reads_no_array(tmp_path, monkeypatch):
         f"{path}  4 heads of 6, 2 of keys  Rotary(base=53.0)  causal" for path in PATHS
     ]
     assert str(records[0]) == str(records).splitlines()[0]
+
+
+def test_the_list_tells_all_that_changes_the_numbers():
+    norm, numbers = RMSNorm(offset=1.0), {"scale": 1 / 3, "soft_cap": 50}
+    flags = {"use_sinks": True, "use_gate": True}
+    config = MultiHeadAttentionConfig(4, 16, qk_norm=norm, value_norm=norm, **numbers, **flags)
+    line = str(AttentionRecord("layer", config, {}, {}))
+    assert line.endswith("qk RMSNorm, v RMSNorm, scale 0.3333, cap 50, sinks, gate")
+    latent = MultiHeadAttentionConfig(4, 16, clip_qkv=None, latent=Latent(rank=32, shared_dim=8))
+    assert str(AttentionRecord("layer", latent, {}, {})).endswith("latents of 32")
+    clipped = MultiHeadAttentionConfig(4, 16, clip_qkv=8)
+    assert str(AttentionRecord("layer", clipped, {}, {})).endswith("clip 8")
