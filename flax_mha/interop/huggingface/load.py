@@ -13,11 +13,12 @@ from flax_mha.params import features_of
 
 def load_attention(
     directory: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
     *,
     max_length: int | None = None,
     ignore: Sequence[str] = (),
 ) -> dict[str, AttentionLayer]:
-    """Every attention layer of a checkpoint of the transformers library, by its module's path.
+    """The attention layers of a checkpoint of the transformers library, by their modules' paths.
 
     Nothing is downloaded, no pickle is loaded, and neither torch nor transformers is needed. Each
     layer is ready for `multi_head_attention(params, x, x, config=config, **call)`; its window,
@@ -26,11 +27,12 @@ def load_attention(
 
     Guide: `python -m flax_mha guide your_model`.
 
-    Memory: the attention's arrays, and those of one layer once more.
+    Memory: the arrays of the layers wanted, and those of one once more. No others are read.
 
     Args:
         directory: the folder, with config.json and `model.safetensors`, or its parts and their
             index.
+        names: the layers wanted, as `list_attention` names them; None = all.
         max_length: the longest text that will be given. Only rotary positions of the types
             "dynamic" and "longrope" depend on it, and then it must be given.
         ignore: fields of config.json that are known to change no attention layer; a field such as
@@ -43,8 +45,8 @@ def load_attention(
     Raises:
         ValueError: a model type without a row, a field that is set and not understood, arrays that
             are missing, too many or of another shape than config.json says, a file that is cut
-            short or missing, quantised weights, a pickle.
-        TypeError: arrays that are not floats.
+            short or missing, quantised weights, a pickle; a name of no layer, with the closest.
+        TypeError: arrays that are not floats; `names` that are one string.
         ImportError: without the safetensors package.
 
     Example:
@@ -60,6 +62,7 @@ def load_attention(
         ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
         ...     safetensors.numpy.save_file(arrays, folder + "/model.safetensors")
         ...     layers = load_attention(folder)
+        ...     some = load_attention(folder, ["model.layers.0.self_attn"])
         >>> layer = layers["model.layers.0.self_attn"]
         >>> layer.config.dims, layer.config.position.base, layer.call
         (HeadDims(N=4, K=2, H=4, V=4), 10000.0, {'use_causal_mask': True})
@@ -68,8 +71,13 @@ def load_attention(
         (1, 5, 16)
     """
     folder = open_folder(directory)
-    found = find(folder, max_length, ignore)
-    return {layer.name: read_layer(folder, layer) for layer in found.layers}
+    found = find(folder, max_length, ignore).layers
+    if names is not None:
+        if isinstance(names, str):
+            checks.fail(TypeError, "`names` must be a list of names.", f"names={names!r}")
+        checks.known_names("A layer in `names`", names, [layer.name for layer in found])
+    wanted = [layer for layer in found if names is None or layer.name in names]
+    return {layer.name: read_layer(folder, layer) for layer in wanted}
 
 
 def read_layer(folder: Folder, layer: Found) -> AttentionLayer:

@@ -41,7 +41,10 @@ def from_layout(
             arrays |= unpacked(name, arrays.pop(name), packing, layout.table, config)
     for name in layout.shared_last:
         arrays[name] = rolled(arrays[name], config, shared_first=True)
-    params = from_table(table, arrays, config)
+    # Under their whole names, which an error then says.
+    table = [entry if entry.name is None else _named(entry, prefix) for entry in table]
+    whole = {prefix + name: array for name, array in arrays.items()}
+    params = from_table(table, whole, config)
     _check_sizes(layout, cast(ParamsLike, params), config)
     return params
 
@@ -59,6 +62,10 @@ def _rows(layout: Layout, config: MultiHeadAttentionConfig) -> list[Entry]:
     if layout.whole_biases and config.biases:
         there |= {(projection, "bias") for projection in config.projections}
     return [entry for entry in layout.table if entry.place in there]
+
+
+def _named(entry: Entry, prefix: str) -> Entry:
+    return entry._replace(name=f"{prefix}{entry.name}")
 
 
 def _array_of(entry: Entry) -> str:

@@ -320,6 +320,22 @@ def test_the_list_reads_no_array(tmp_path, monkeypatch):
     assert str(records[0]) == str(records).splitlines()[0]
 
 
+def test_some_layers_are_read_alone(tmp_path):
+    folder = checkpoints.write(tmp_path, shards=2)
+    for shard in folder.glob("*.safetensors"):
+        arrays = checkpoints.numpy_files.load_file(shard)
+        shapes = {n: x if PATHS[0] in n else x[:1] for n, x in arrays.items()}
+        checkpoints.numpy_files.save_file(shapes, shard)
+    with pytest.raises(ValueError, match=rf"`{PATHS[1]}.q_proj.weight` must be \[N H, D\]"):
+        load_attention(folder)
+    assert list(load_attention(folder, [PATHS[0]])) == [PATHS[0]]
+    assert load_attention(folder, []) == {}
+    with pytest.raises(ValueError, match=rf"A layer in `names`.*Did you mean '{PATHS[1]}'"):
+        load_attention(folder, ["model.layers.1.self_attention"])
+    with pytest.raises(TypeError, match="`names` must be a list of names"):
+        load_attention(folder, PATHS[0])
+
+
 def test_the_list_tells_all_that_changes_the_numbers():
     norm, numbers = RMSNorm(offset=1.0), {"scale": 1 / 3, "soft_cap": 50}
     flags = {"use_sinks": True, "use_gate": True}
