@@ -12,6 +12,7 @@ os.environ["MPLBACKEND"] = "agg"
 
 import jax
 import pytest
+from thinning import tables, unlike
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -67,6 +68,25 @@ THINNED = {
     "test_persistence.py": 4,
     "training/test_updates.py": 4,
 }
+# Tables that `--thin` leaves whole: each of their cases is another part of JAX.
+WHOLE = {"layer/test_every_transformation.py", "layer/test_transformations.py"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thin",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each function with 2 cases or more run one in N, chosen to be unlike each other;"
+        " from the last on where N is negative",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if (n := config.getoption("thin")) != 1:
+        told = f"--thin={n}: of each function with 2 cases or more one in {abs(n)} ran"
+        terminalreporter.write_line(told)
 
 
 def pytest_configure(config):
@@ -79,18 +99,29 @@ def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
 
 
+def file_of(item):
+    return item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+
+
+def is_slow(item):
+    return item.get_closest_marker("slow") is not None
+
+
+def left_out(items, n):
+    """What `--thin` leaves out."""
+    thinned = [cases for cases in tables(items, is_slow) if file_of(cases[0]) not in WHOLE]
+    return {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    tables = {}
-    for item in items:
-        is_case = hasattr(item, "callspec") and item.get_closest_marker("slow") is None
-        file = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
-        if file in THINNED and is_case:
-            tables.setdefault((file, item.originalname), []).append(item)
-    for (file, _), cases in tables.items():
-        for i, item in enumerate(cases if len(cases) >= 2 else []):
-            if i % THINNED[file]:
+def pytest_collection_modifyitems(items, config):
+    for cases in tables(items, is_slow):
+        for i, item in enumerate(cases):
+            if i % THINNED.get(file_of(item), 1):
                 item.add_marker(pytest.mark.slow)
+    out = left_out(items, config.getoption("thin"))
+    config.hook.pytest_deselected(items=[item for item in items if item in out])
+    items[:] = [item for item in items if item not in out]
     # The longest first: at the end one process would run them and the others would wait.
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 

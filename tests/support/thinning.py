@@ -1,0 +1,35 @@
+"""Which cases of a table stay where only some of them are run."""
+
+import collections
+import itertools
+
+
+def tables(items, is_slow):
+    """The cases of each function that has 2 or more that are not slow."""
+    found = {}
+    for item in items:
+        if hasattr(item, "callspec") and not is_slow(item):
+            found.setdefault((item.path, item.originalname), []).append(item)
+    return [cases for cases in found.values() if len(cases) >= 2]
+
+
+def values_of(case):
+    """The value of each argument, and of each two, by their places in the table."""
+    values = sorted(case.callspec.indices.items())
+    return [*values, *itertools.combinations(values, 2)]
+
+
+def unlike(cases, n):
+    """One case in n: each is the first whose values, alone and in pairs, came up the least.
+
+    From the last case on where n is negative, so that two runs can have different ones.
+    """
+    cases, n = (cases if n > 0 else cases[::-1]), abs(n)
+    rest = [case for start in range(n) for case in cases[start::n]]
+    seen, chosen = collections.Counter(), []
+    while len(chosen) * n < len(cases):
+        case = min(rest, key=lambda case: sum(seen[value] for value in values_of(case)))
+        rest.remove(case)
+        chosen.append(case)
+        seen.update(values_of(case))
+    return chosen
