@@ -30,7 +30,7 @@ THINNED = {
     "attention/test_cudnn.py": 5,
     "attention/test_derivatives.py": 13,
     "attention/test_dropout.py": 4,
-    "attention/test_shifts.py": 40,
+    "attention/test_shifts.py": 33,
     "attention/test_tiles.py": 4,
     "bench/aot/test_programs.py": 9,
     "interop/flax/test_attention_fn.py": 5,
@@ -69,7 +69,11 @@ THINNED = {
     "training/test_updates.py": 4,
 }
 # Tables that `--thin` leaves whole: each of their cases is another part of JAX.
-WHOLE = {"layer/test_every_transformation.py", "layer/test_transformations.py"}
+WHOLE = {
+    "layer/test_every_transformation.py",
+    "layer/test_explicit_meshes.py",
+    "layer/test_transformations.py",
+}
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,7 @@ import itertools
 import types
 
 import pytest
-from thinning import tables, unlike, values_of
+from thinning import half, tables, unlike, values_of
 
 
 def table(*sizes):
@@ -54,6 +54,16 @@ def test_one_argument_is_thinned_evenly_and_another_way_from_the_end():
     assert [a for (a,) in values(unlike(table(10), 3))] == [0, 3, 6, 9]
     assert [a for (a,) in values(unlike(table(12), -3))] == [11, 8, 5, 2]
     assert values(unlike(table(4), 1)) == values(table(4))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 4, 2), (2, 2, 2, 3, 2)], ids=str)
+def test_half_of_a_product_has_each_combination_of_all_axes_but_one(sizes):
+    axes = [range(size) for size in sizes]
+    rows = half(*axes)
+    assert len(rows) == -(-len([*itertools.product(*axes)]) // 2)
+    for i in range(len(sizes)):
+        without = {row[:i] + row[i + 1 :] for row in rows}
+        assert without == {*itertools.product(*axes[:i], *axes[i + 1 :])}
 
 
 def test_slow_cases_and_functions_of_one_case_are_in_no_table():

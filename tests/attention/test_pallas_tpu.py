@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import booleans, normal
 from kernel_cases import QUICKLY, arrays_of, assert_beside, compare, distances, with_gradients
+from thinning import half
 
 from flax_mha import Mask, dot_product_attention
 from flax_mha.attention.dropout import keep_mask, words_of
@@ -134,8 +135,7 @@ def test_dropout_of_one_query_or_key(T, S, implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize("S", LENGTHS)
+@pytest.mark.parametrize(("S", "T"), half(LENGTHS, LENGTHS))
 def test_lengths(T, S):
     assert_beside(arrays_of(T, S), **call_of_lengths(T, S))
 

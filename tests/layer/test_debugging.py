@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_trees_close, normal
+from thinning import half
 
 from flax_mha import (
     Mask,
@@ -34,9 +35,13 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("size", [8, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    ("feature", "mask", "size"),
+    [
+        pytest.param(*row, marks=pytest.mark.slow if row[-1] == 100 else ())
+        for row in half(FEATURES, MASKS, (8, 100))
+    ],
+)
 def test_debug_nans_without_jit_finds_nothing_in_finite_numbers(feature, mask, size):
     config = MultiHeadAttentionConfig(num_heads=2, key_dim=4, **FEATURES[feature])
     x = normal(0, 2, size, 8)

@@ -1,10 +1,10 @@
 """The layers and calls that are compared with Keras and with the oracle."""
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 from helpers import B, C, D, E, H, M, N, S, T, V, booleans, normal, pairwise
+from thinning import half
 
 from flax_mha import multi_head_attention
 
@@ -140,8 +140,8 @@ def masks_of(row, T, S):
 
 
 def product_cases():
-    """Every combination of the options without masks."""
-    rows = itertools.product(*SMALL_AXES.values())
+    """Every combination of any four of the five options without masks."""
+    rows = half(*SMALL_AXES.values())
     return [from_row(dict(zip(SMALL_AXES, row, strict=True))) for row in rows]
 
 
