@@ -23,7 +23,10 @@ from flax_mha.layer import Activations as Activations
 from flax_mha.layer import CrossCache as CrossCache
 from flax_mha.layer import KVCache as KVCache
 from flax_mha.linen import MultiHeadAttention as MultiHeadAttention
+from flax_mha.masks import BlockMask as BlockMask
 from flax_mha.masks import Mask as Mask
+from flax_mha.masks import Neighborhood as Neighborhood
+from flax_mha.masks import block_mask as block_mask
 from flax_mha.params import init_params as init_params
 from flax_mha.params import param_shapes as param_shapes
 from flax_mha.scores import attention_scores as attention_scores

@@ -36,7 +36,14 @@ GROUPS = {
         "config.latent",
         "params",
     ),
-    "Attention of arrays": ("attention.dispatch", "attention.explanation", "masks", "scores"),
+    "Attention of arrays": (
+        "attention.dispatch",
+        "attention.explanation",
+        "masks.mask",
+        "masks.blocks",
+        "masks.neighborhood",
+        "scores",
+    ),
     "Decoding": ("decoding", "layer.caches"),
     "Many devices": (
         "sharding.specs",

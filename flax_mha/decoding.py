@@ -17,7 +17,12 @@ from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
 from flax_mha.layer.arguments import Restrictions, check_source
-from flax_mha.layer.cached_call import check_limit, check_no_chunks, check_order
+from flax_mha.layer.cached_call import (
+    check_limit,
+    check_no_chunks,
+    check_no_grid,
+    check_order,
+)
 from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import cross_cache_spec
@@ -74,6 +79,7 @@ def init_cache(
         ((3, 1, 64), [6, 6, 6])
     """
     checks.instance("config", config, MultiHeadAttentionConfig)
+    check_no_grid(config)
     slots = checks.integer("capacity", capacity, minimum=1)
     window = config.sliding_window
     is_ring = window is not None and window <= slots
@@ -141,6 +147,7 @@ def init_cross_cache(
         checks.integer("max_queries", max_queries, minimum=1)
     check_limit(max_queries, config)
     check_no_chunks(config)
+    check_no_grid(config)
     key = value if key is None else key
     check_source(config, (None, value, key))
     cache = _project_source(params, value, key, mask, config=config)

@@ -18,6 +18,7 @@ from flax_mha.layer.arguments import (
 )
 from flax_mha.layer.cached_call import check_cached_call
 from flax_mha.layer.equation import Flags, layer
+from flax_mha.masks import Mask
 
 
 def multi_head_attention(
@@ -30,7 +31,7 @@ def multi_head_attention(
     query_mask: Array | None = None,
     value_mask: Array | None = None,
     key_mask: Array | None = None,
-    attention_mask: Array | None = None,
+    attention_mask: Mask | Array | None = None,
     use_causal_mask: bool = False,
     return_attention_scores: bool = False,
     dropout_key: PRNGKey | None = None,
@@ -58,7 +59,11 @@ def multi_head_attention(
         value_mask: booleans `[B, S]`, True = a real value.
         key_mask: booleans `[B, S]`, True = a real key; combined with `value_mask` by "and".
         attention_mask: booleans `[T, S]`, `[B, T, S]` or `[B, N, T, S]`, True = may attend. With
-            more axes `[*batch, N, *T axes, *S axes]`; missing ones are those nearest to T.
+            more axes `[*batch, N, *T axes, *S axes]`; missing ones are those nearest to T. Or a
+            `Mask`, whose b counts all batch axes as one, and whose t and s are places in raster
+            order of the attended axes. With a cache t and s are positions in the whole sequence,
+            and a Mask is made of functions and bands: t counts on from the cache's length, s is
+            where a key stood, of a `CrossCache` its slot.
         use_causal_mask: no key after the query, in raster order of the attended axes.
         return_attention_scores: also return the weights, before dropout.
         dropout_key: one PRNG key; None = no dropout.

@@ -12,6 +12,7 @@ from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
 from flax_mha.layer.arguments import Restrictions, check_arrays
 from flax_mha.layer.caches import CrossCache, KVCache, register_state
+from flax_mha.masks import Mask
 from flax_mha.params import param_shapes
 from flax_mha.sharding.initial import Boxes, init_boxed, rules_of_a_field
 from flax_mha.training.sown import sow
@@ -50,7 +51,7 @@ class MultiHeadAttention(nn.Module):
     use_bias: Any = True
     output_shape: Any = None
     attention_axes: Any = None
-    sliding_window: int | None = None
+    sliding_window: Any = None
     kernel_initializer: Any = "glorot_uniform"
     bias_initializer: Any = "zeros"
     kernel_regularizer: Any = None
@@ -69,6 +70,7 @@ class MultiHeadAttention(nn.Module):
     clip_qkv: float | None = None
     scale: float | None = None
     soft_cap: float | None = None
+    score: Any = None
     use_sinks: bool = False
     dtype: Any = None
     param_dtype: Any = "float32"
@@ -101,7 +103,7 @@ class MultiHeadAttention(nn.Module):
         query_mask: Array | None = None,
         value_mask: Array | None = None,
         key_mask: Array | None = None,
-        attention_mask: Array | None = None,
+        attention_mask: Mask | Array | None = None,
         return_attention_scores: bool = False,
         training: bool = False,
         use_causal_mask: bool = False,

@@ -13,6 +13,7 @@ from flax_mha.core.signatures import arguments_of
 from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
 from flax_mha.layer import Activations, CrossCache, KVCache
+from flax_mha.masks import Mask
 from flax_mha.params import LETTERS, check_params, features_of, module_sizes, param_shapes
 from flax_mha.sharding.initial import Boxes, init_boxed, places_nowhere
 from flax_mha.training import regularization_loss
@@ -169,7 +170,7 @@ class MultiHeadAttention(nnx.Module):
         query_mask: Array | None = None,
         value_mask: Array | None = None,
         key_mask: Array | None = None,
-        attention_mask: Array | None = None,
+        attention_mask: Mask | Array | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,

@@ -14,6 +14,7 @@ from flax_mha.core.typing import Params, ParamsLike, PRNGKey, Shape
 from flax_mha.keras.initializers import Initializer
 from flax_mha.norms import Norm
 from flax_mha.positions.bias import PositionBias
+from flax_mha.positions.scores import init_params_of, letters_of_params, sizes_of_params
 
 # How many leading axes of a kernel are summed over; the others are the outputs.
 INPUT_RANK = {
@@ -37,6 +38,7 @@ LETTERS = {
     "shared_key": {"kernel": "CW", "bias": "W"},
     "query_latent_norm": {"scale": "1Q", "bias": "1Q"},
     "latent_norm": {"scale": "1L", "bias": "1L"},
+    "score": {},  # it says them itself: see `letters`
 }
 # What stands behind a latent.
 LATENT_LETTERS = {
@@ -66,7 +68,8 @@ def param_shapes(
         "attention_output": {"kernel": NVE, "bias": E}}`; no `bias` where `use_bias` is False or
         names others. With a norm that has parameters also "query_norm" and "key_norm", or
         "value_norm": `{"scale": H}`, or `NH`; with `RelativeBias` or `GridBias` "relative_bias"
-        `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`. With `latent` also "latent"
+        `{"embedding": XN}`; with `use_sinks` "sinks" `{"logits": N}`; with a `score` that owns
+        parameters "score", by its `param_sizes`. With `latent` also "latent"
         `CL`, "shared_key" `CW`, and with a query_rank "query_latent" `DQ`; then query is `QNH`, key
         `LKU`, value `LKV`; the norms are "latent_norm" and "query_latent_norm".
 
@@ -143,20 +146,20 @@ def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:
 
 def letters(config: MultiHeadAttentionConfig) -> dict[str, dict[str, str]]:
     """The letters of a layer's arrays, by their names."""
-    if config.latent is None:
-        return LETTERS
-    behind = {} if config.latent.query_rank else {"query": LETTERS["query"]}
-    return {**LATENT_LETTERS, **behind}
+    table, latent = (LETTERS if config.latent is None else LATENT_LETTERS), config.latent
+    if latent is not None and latent.query_rank is None:
+        table = {**table, "query": LETTERS["query"]}
+    return {**table, "score": letters_of_params(config.score, config.num_heads)}
 
 
 def letters_of(name: str, leaf: str, rank: int, table: Any = LETTERS) -> str:
     """The letters of an array, one an axis: an `output_shape` of several axes repeats its E."""
     letters = table[name][leaf]
-    return letters[-rank:] if rank < len(letters) else letters.ljust(rank, letters[-1])
+    return letters[max(len(letters) - rank, 0) :] + letters[-1:] * (rank - len(letters))
 
 
 def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
-    """What only some layers have: norms, a table of distances, sinks."""
+    """What only some layers have: norms, a table of distances, sinks, a score's own."""
     N, K, H, V = config.dims
     leaf = functools.partial(jax.ShapeDtypeStruct, dtype=config.param_dtype)
     sizes = {"query_norm": (N, H), "key_norm": (K, H), "value_norm": (K, V)}
@@ -173,6 +176,8 @@ def _extras(config: MultiHeadAttentionConfig) -> dict[str, Any]:
         extras["relative_bias"] = {"embedding": leaf((config.position.table_size, N))}
     if config.use_sinks:
         extras["sinks"] = {"logits": leaf((N,))}
+    if own := sizes_of_params(config.score, N):
+        extras["score"] = {name: leaf(tuple(axes.values())) for name, axes in own.items()}
     return extras
 
 
@@ -250,6 +255,8 @@ def init_projection(
     initializers = {"kernel": config.kernel_initializer, "bias": config.bias_initializer}
     name_key = jax.random.fold_in(init_key, list(LETTERS).index(name))
     leaf_keys = dict(zip(("kernel", "bias"), jax.random.split(name_key)))
+    if name == "score":
+        return init_params_of(config.score, name_key, shapes)
     if name not in INPUT_RANK:
         norm = config.norms.get(name)
         return {

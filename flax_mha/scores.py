@@ -15,9 +15,11 @@ from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer.arguments import Restrictions, check_arrays, check_source, checked_restrictions
 from flax_mha.layer.call import checked_folding, prepare
+from flax_mha.layer.extend import Places
 from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import scores_spec
 from flax_mha.layer.placement import distance_bias
+from flax_mha.layer.scoring import score_of
 
 
 def attention_scores(
@@ -125,12 +127,15 @@ def _of_rows(
     position_bR = take(call.query_position_bT, -1)
     of_rows = call._replace(query_BTD=call.query_BTD[:, rows], query_position_bT=position_bR)
     key_BSKH = heads_of(params, call, config).key()
+    query_BRNH = heads_of(params, of_rows, config).query()
+    places = Places(rows.astype("int32")[None], jnp.arange(folding.S, dtype="int32")[None])
     _, weights_BNRS = dot_product_attention(
-        heads_of(params, of_rows, config).query(),
+        query_BRNH,
         key_BSKH,
         key_BSKH,  # the context is not wanted, so any values do
         mask=call.mask.take_queries(rows, folding.S),
         bias=bias,
+        score=score_of(params, config, query_BRNH.dtype, places),
         sinks=params["sinks"]["logits"] if "sinks" in params else None,
         scale=config.scale,
         soft_cap=config.soft_cap,

@@ -13,7 +13,6 @@ from helpers import normal, x64
 
 import flax_mha.nnx
 from flax_mha import (
-    Mask,
     MultiHeadAttention,
     MultiHeadAttentionConfig,
     dot_product_attention,
@@ -78,10 +77,11 @@ MISTAKES = {
         "shape (3, 3) with B = T = 3. Pass `attention_mask[None]` for [T, S], or `value_mask=` "
         "for a [B, S] padding mask.",
     ),
-    "a Mask in the layer": (
-        lambda: attend(attention_mask=Mask.causal()),
+    "a function for a mask": (
+        lambda: attend(attention_mask=lambda b, n, t, s: s <= t),
         TypeError,
-        f"{MASK_RULE} Received: attention_mask of type Mask. Pass `mask.as_array(T, S)`.",
+        "`attention_mask` must be a Mask or booleans; a function becomes one: `Mask.function(f)`. "
+        "Received: attention_mask of type function.",
     ),
     "a mask in the place of the key": (
         lambda: multi_head_attention(SELF, X, X, jnp.ones((T, T), bool), config=CONFIG),

@@ -14,8 +14,9 @@ from flax_mha import __main__ as overview
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {
     "flax_mha": """
-        Activations ContextAxis CrossCache KVCache Latent Mask MultiHeadAttention
-        MultiHeadAttentionConfig activity_loss apply_constraints attention_scores constrain
+        Activations BlockMask ContextAxis CrossCache KVCache Latent Mask MultiHeadAttention
+        MultiHeadAttentionConfig Neighborhood activity_loss apply_constraints attention_scores
+        block_mask constrain
         context_parallel_attention dot_product_attention explain forward init_cache
         init_cross_cache init_params multi_head_attention param_axes param_shapes param_specs
         regularization_loss zigzag_inverse zigzag_order
@@ -51,7 +52,7 @@ PUBLIC = {
     "flax_mha.positions": """
         Alibi AxialRotary DenseBias DistanceFunction DynamicScaling GridBias LinearScaling
         Llama3Scaling LongRopeScaling PositionFunction ProportionalScaling QueryGrowth RelativeBias
-        Rotary Scaling YarnScaling alibi_slopes register
+        Rotary Scaling Score YarnScaling alibi_slopes register
     """,
 }
 # Handed on at the top too, where people find them first.

@@ -7,13 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_mha.attention.allowed import split_mask
+from flax_mha.attention.context.axis import ContextAxis
+from flax_mha.attention.context.positions import (
+    by_position,
+    positions,
+    stored_positions,
+    whole_length,
+)
 from flax_mha.attention.contract import Inputs, Options
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of, words_of
 from flax_mha.core import checks
 from flax_mha.core.folding import collapse
+from flax_mha.core.pairs.function import PairFunction
+from flax_mha.core.pairs.separated import separated
 from flax_mha.core.typing import Array, PRNGKey, Shape
-from flax_mha.masks import Mask
+from flax_mha.masks import Mask, fits
 
 
 def canonical(
@@ -23,6 +33,7 @@ def canonical(
     *,
     mask: Mask | Array | None,
     bias: Array | None,
+    score: PairFunction | None,
     distance_bias: DistanceBias | None,
     sinks: Array | None,
     soft_cap: float | None,
@@ -37,12 +48,12 @@ def canonical(
     block_sizes: tuple[int, int] | None,
     return_weights: bool,
     return_residuals: bool,
-    devices: int,
+    axis: ContextAxis | None,
 ) -> tuple[Inputs, Options]:
     """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included.
 
-    The arguments and their defaults are those of `dot_product_attention`. Where so many devices
-    share the keys, biases and dense masks have the columns of all of them.
+    The arguments and their defaults are those of `dot_product_attention`. Where devices share the
+    keys, biases, dense masks and functions of pairs have the columns of all of them.
     """
     checks.attention_arrays(query, key, value)
     if dropout_key is not None:
@@ -52,12 +63,21 @@ def canonical(
     word_2 = words_of(dropout_key) if rate > 0 and dropout_key is not None else None
     drops = word_2 is not None
     batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
-    groups = (batch, (N,), (T,), (S * devices,))
+    sizes = (math.prod(batch), N, whole_length(axis, T), whole_length(axis, S))
+    groups = (batch, (N,), (T,), sizes[3:])
+    mask = _mask(mask, is_causal, local_window_size, groups)
+    fits.check(mask, *sizes[:2], T, S, sizes[2:])
+    # In zigzag order not every length has places; what does not ask for them needs none.
+    asked = score is not None or not mask.is_plain
+    places = _places(math.prod(batch), N, T, S, axis) if asked else {}
+    mask, where = split_mask(by_position(axis, mask, T), places, sizes)
     inputs = Inputs(
         query_BTNH=_flat(query),
         key_BSKH=_flat(key),
         value_BSKV=_flat(value),
-        mask=_mask(mask, is_causal, local_window_size, groups, S),
+        mask=mask,
+        where=where,
+        score=None if score is None else separated(score, places, sizes),
         bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),
         distance_bias=_distance_bias(distance_bias, math.prod(batch), N),
         sinks_N=None if sinks is None else _sinks(sinks, N),
@@ -77,11 +97,18 @@ def canonical(
     return inputs, options
 
 
+def _places(B: int, N: int, T: int, S: int, axis: ContextAxis | None) -> dict[str, Array]:
+    """The indices that functions of pairs are asked for, int32 `[size]` by letter."""
+    rows, columns = positions(axis, T), stored_positions(axis, S)
+    index = lambda size: jnp.arange(size, dtype="int32")  # noqa: E731
+    return {"b": index(B), "n": index(N), "t": rows, "s": columns}
+
+
 def _flat(x: Array) -> Array:
     return jnp.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
-def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...], S: int) -> Mask:
+def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) -> Mask:
     """All that restricts attention, as one structured mask."""
     if mask is None:
         mask = Mask()
@@ -93,10 +120,6 @@ def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...], S:
     if window is not None:
         sides = (window, window) if hasattr(window, "__index__") else window
         mask &= dataclasses.replace(Mask.window(*sides), query_offset=mask.query_offset)
-    batch, (N,), (T,), (columns,) = groups
-    B = math.prod(batch)
-    dataclasses.replace(mask, dense_masks=()).check(B, N, T, S)
-    Mask(dense_masks=mask.dense_masks).check(B, N, T, columns)
     return mask
 
 

@@ -31,8 +31,11 @@ def context_parallel_attention(
         layout: "contiguous" or "zigzag", the order that the tokens have; see `zigzag_order`.
         **call: any further argument of `dot_product_attention`. Of padding and segment ids a device
             has those of its queries and keys, of a `bias` and a dense mask the rows of its queries
-            with all S keys in the order that they are stored in, device by device. Offsets, and
-            `dropout_start`, are those of the whole sequence.
+            with all S keys in the order that they are stored in, device by device; so too in unions
+            and complements of masks, whose arrays are gathered. A function of pairs is asked for
+            positions in the whole sequence, in either layout: what it looks up by t or s is whole
+            on every device, as are the blocks of `block_mask`. Offsets, and `dropout_start`, are
+            those of the whole sequence.
 
     Returns:
         The device's part of what `dot_product_attention` returns for the whole: the context

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from flax_mha.attention.allowed import Allowed
 from flax_mha.attention.distance import DistanceBias
+from flax_mha.core.pairs.separated import Separated
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
@@ -34,6 +36,8 @@ class Inputs:
     key_BSKH: Array
     value_BSKV: Array
     mask: Mask
+    where: tuple[Allowed, ...] = ()  # what the mask says beyond its plain part
+    score: Separated | None = None
     bias_bnts: Array | None = None
     distance_bias: DistanceBias | None = None
     sinks_N: Array | None = None  # not for implementations: `with_sinks` joins them to any output

@@ -92,6 +92,8 @@ def _of_options(inputs: Inputs, options: Options) -> Iterator[tuple[bool, str]]:
     yield inputs.sinks_N is not None, "sinks need residuals, which jax rounds to 16 bits"
     yield options.dropout_rate > 0, "its dropout draws bits of its own, not those of the key"
     yield options.soft_cap is not None, "it has no soft cap"
+    yield inputs.score is not None, "it has no score functions"
+    yield bool(inputs.where), "it has no masks by functions, unions or complements"
     yield inputs.distance_bias is not None, "it has no distance bias but the whole [T, S]"
     yield options.precision is not None, "its products have one precision, so precision=None"
     yield options.block_sizes is not None, "it chooses its blocks, so block_sizes must be None"

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from flax_mha.attention.allowed import Allowed
 from flax_mha.attention.context.axis import ContextAxis, size_of_bound
 from flax_mha.attention.context.fill import filled, trimmed
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.core import checks
+from flax_mha.core.pairs.separated import Separated
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
 
@@ -105,11 +107,24 @@ def run_cut(
         asked = weights if options.return_weights else None
         return Output(context, asked, residuals if options.return_residuals else None)
 
-    specs = _input_specs(cut, inputs)
     mapped = jax.shard_map(
-        part, in_specs=(specs,), out_specs=_output_specs(cut, options), axis_names=set(cut.every)
+        part,
+        in_specs=(_input_specs(cut, inputs),),
+        out_specs=_output_specs(cut, options),
+        axis_names=set(cut.every),
+        check_vma=not _has_calls(inputs),
     )
     return trimmed(mapped(inputs), T, S)
+
+
+def _has_calls(inputs: Inputs) -> bool:
+    """Whether a function has loops, or derivatives of its own, inside.
+
+    They were traced of numbers that vary over no axis, and JAX checks that they get no others.
+    """
+    functions = [one.pairs for one in inputs.where]
+    functions += [] if inputs.score is None else [inputs.score]
+    return any(function.expression.has_calls for function in functions)
 
 
 def _names(axes: Any) -> Names:
@@ -146,6 +161,11 @@ def _input_specs(cut: Cut, inputs: Inputs) -> Inputs:
             return None
         return P(*(None if size == 1 else names for size, names in zip(jnp.shape(x), axes)))
 
+    def pairs(function: Separated) -> Any:
+        operands = tuple(of(x, b, n, c, None) for x in function.operands)
+        tables = (whole,) * len(function.tables)
+        return dataclasses.replace(function, operands=operands, tables=tables)
+
     mask, bias = inputs.mask, inputs.distance_bias
     return Inputs(
         query_BTNH=rows,
@@ -159,6 +179,11 @@ def _input_specs(cut: Cut, inputs: Inputs) -> Inputs:
             segment_ids=tuple((of(q, b, c), of(k, b, c)) for q, k in mask.segment_ids),
             dense_masks=tuple(of(x, b, n, c, None) for x in mask.dense_masks),
         ),
+        where=tuple(
+            Allowed(pairs(one.pairs), jax.tree.map(lambda x: of(x, b, n), one.blocks))
+            for one in inputs.where
+        ),
+        score=None if inputs.score is None else pairs(inputs.score),
         bias_bnts=of(inputs.bias_bnts, b, n, c, None),
         distance_bias=None
         if bias is None

@@ -3,13 +3,14 @@
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from flax_mha.attention.canonical import canonical
 from flax_mha.attention.context.axis import ContextAxis, context_axis_of
-from flax_mha.attention.context.positions import is_shard, whole_length
+from flax_mha.attention.context.positions import is_shard
 from flax_mha.attention.context.strategies import run_context
 from flax_mha.attention.contract import Options, Output, Residuals
 from flax_mha.attention.cut import Cut, cut_along, cut_of, run_cut
@@ -17,13 +18,15 @@ from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of
 from flax_mha.attention.implementations import chosen, run
 from flax_mha.core import checks
+from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.meshes import axes_of, explicit_mesh, spec, with_auto_axes
+from flax_mha.core.pairs.function import PairFunction, score_function
 from flax_mha.core.typing import Array, PRNGKey, Shape
 from flax_mha.masks import Mask
 
 # The arguments of a call that are arrays or hold some; all others are static.
 DATA = (
-    *("query", "key", "value", "mask", "bias", "distance_bias", "sinks"),
+    *("query", "key", "value", "mask", "bias", "score", "distance_bias", "sinks"),
     *("dropout_key", "dropout_start"),
 )
 
@@ -35,6 +38,7 @@ def dot_product_attention(
     *,
     mask: Mask | Array | None = None,
     bias: Array | None = None,
+    score: Callable[..., Any] | None = None,
     distance_bias: DistanceBias | None = None,
     sinks: Array | None = None,
     soft_cap: float | None = None,
@@ -60,6 +64,10 @@ def dot_product_attention(
         value: `[..., S, K, V]`; V may differ from H.
         mask: a `Mask`, or booleans that broadcast to `[..., N, T, S]`; True = may attend.
         bias: floats that broadcast to `[..., N, T, S]`, added to the scaled logits.
+        score: `score(logits, b, n, t, s) -> logits`, what becomes of the logit of query t of
+            example b and head n with key s, after all biases and before the mask: a function of
+            numbers that is traced once, like those of `Mask.function`. What it closes over has
+            gradients; see `python -m flax_mha guide pair_functions`.
         distance_bias: a `DistanceBias`, added likewise: floats by head and distance alone.
         sinks: floats `[N]`, a logit for each head that attends to nothing and joins the softmax;
             -inf = none. Of parts that are merged, one takes them.
@@ -111,7 +119,7 @@ def dot_product_attention(
     mask = _before_tracing(mask)
     data = dict(query=query, key=key, value=value, mask=mask, bias=bias, sinks=sinks)
     data |= dict(distance_bias=distance_bias, dropout_key=dropout_key)
-    data |= dict(dropout_start=start_of(dropout_start))
+    data |= dict(dropout_start=start_of(dropout_start), score=traced_score(score, query))
     static = dict(
         soft_cap=soft_cap,
         scale=scale,
@@ -159,15 +167,10 @@ class How(NamedTuple):
             return self.cut.context
         return self.axis if is_shard(self.axis) else None
 
-    @property
-    def devices(self) -> int:
-        """How many share the keys of which the arrays are a part."""
-        return whole_length(self.axis, 1) if self.cut is None else 1
-
 
 def _attend(data: Any, static: Any, how: How) -> Any:
     axis = how.along
-    inputs, options = canonical(**data, **static, devices=how.devices)
+    inputs, options = canonical(**data, **static, axis=how.axis)
     if axis is None:
         one = functools.partial(run, chosen(how.implementation, inputs, options))
     else:
@@ -182,6 +185,7 @@ def bound(query: Any, key: Any, value: Any, call: Any) -> tuple[Any, Any, str | 
     bound.apply_defaults()
     given = bound.arguments
     given["mask"] = _before_tracing(given["mask"])
+    given["score"] = traced_score(given["score"], query)
     given["dropout_start"] = start_of(given["dropout_start"])
     implementation, axis = given.pop("implementation"), given.pop("context_axis")
     static = {name: x for name, x in given.items() if name not in DATA}
@@ -212,6 +216,14 @@ def _placed(query: Array, key: Array, value: Array, weights: bool, residuals: bo
         rows: list[Any] = [spec(*batch, N, T)] * 2
         specs.append(Residuals(*rows))
     return specs[0] if len(specs) == 1 else tuple(specs)
+
+
+def traced_score(score: Any, query: Any) -> PairFunction | None:
+    """A score as a function of the logits' dtype, its arrays as data."""
+    if score is None or isinstance(score, PairFunction):
+        return score
+    checks.floating_array("query", query, "[..., T, N, H]")
+    return score_function(score, wide_dtype(query.dtype))
 
 
 def _before_tracing(mask: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from flax_mha.attention.allowed import how_found
 from flax_mha.attention.canonical import canonical
 from flax_mha.attention.choice import RULE, TILED, preferred
 from flax_mha.attention.context import strategies
@@ -66,7 +67,7 @@ def explain(
 
     def trace(data: Any) -> None:
         how = how_cut(data["query"], data["key"], data["value"], None, axis)
-        inputs, options = canonical(**data, **static, devices=how.devices)
+        inputs, options = canonical(**data, **static, axis=how.axis)
         if how.along is None:
             told.update(_implementations(inputs, options, where))
         else:
@@ -83,6 +84,9 @@ def _implementations(inputs: Inputs, options: Options, platform: str) -> dict[st
     names = [name for name, text in told.items() if text == "ok"]
     why = RULE if len(names) > 1 else "no other can"
     told[preferred(names, inputs, platform)] += CHOSEN + why
+    for name in names:
+        if hasattr(IMPLEMENTATIONS[name], "engine") and inputs.where:
+            told[name] += f"; {how_found(inputs.where)}"
     return told
 
 

@@ -30,7 +30,7 @@ def attend(inputs: Inputs, options: Options) -> Output:
 
 
 def _logits(inputs: Inputs, options: Options) -> Array:
-    """scale query . key (capped) + bias where allowed, -inf elsewhere; in float32 at least."""
+    """score(scale query . key (capped) + bias) where allowed, -inf elsewhere; float32 at least."""
     (B, T, N, _), (_, S, _, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     einsum = _einsum(inputs.query_BTNH, options)
     of_query, _ = scales(options, inputs.query_BTNH.dtype)
@@ -47,9 +47,13 @@ def _logits(inputs: Inputs, options: Options) -> Array:
         logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
     if inputs.distance_bias is not None:
         logits_BNTS += inputs.distance_bias.as_array(T, S).astype(logits_BNTS.dtype)
-    if inputs.mask.is_empty:
-        return logits_BNTS
-    return jnp.where(inputs.mask.as_array(T, S), logits_BNTS, -jnp.inf)
+    if inputs.score is not None:
+        logits_BNTS = inputs.score.whole(logits_BNTS)
+    if not inputs.mask.is_empty:
+        logits_BNTS = jnp.where(inputs.mask.as_array(T, S), logits_BNTS, -jnp.inf)
+    for one in inputs.where:
+        logits_BNTS = jnp.where(one.pairs.whole(), logits_BNTS, -jnp.inf)
+    return logits_BNTS
 
 
 def _rows(inputs: Inputs) -> Array:

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
     add("--segments", action="store_true", help="packed sequences: ids of queries and keys")
     add("--padding", action="store_true", help="of queries and of keys")
+    add("--mask-function", action="store_true", help="a Mask by a function, here a prefix-LM's")
 
 
 def call_of(given: argparse.Namespace) -> dict[str, Any]:
@@ -90,11 +91,18 @@ def call_of(given: argparse.Namespace) -> dict[str, Any]:
         call["bias"] = _struct(given.bias, "float32")
     if given.distance_bias:
         call["distance_bias"] = DistanceBias(_struct((N, T + S - 1), "float32"), first=1 - T)
+    if given.score:
+        call["score"] = _halved
     if given.sinks:
         call["sinks"] = _struct((N,), "float32")
     if given.dropout_rate:
         call["dropout_key"] = jax.eval_shape(jax.random.key, 0)
     return call
+
+
+def _halved(logits: Any, b: Any, n: Any, t: Any, s: Any) -> Any:
+    """A score function in the place of any."""
+    return logits / 2
 
 
 def _mesh(call: dict[str, Any]) -> Any:
@@ -108,14 +116,16 @@ def _mesh(call: dict[str, Any]) -> Any:
 
 
 def _masks(given: argparse.Namespace) -> bool:
-    return bool(given.mask or given.segments or given.padding)
+    return bool(given.mask or given.segments or given.padding or given.mask_function)
 
 
 def _mask(given: argparse.Namespace, B: int, T: int, S: int) -> Mask:
     """All arrays that restrict attention; the causal order and the window are options."""
     ids, real = ([_struct((B, length), dtype) for length in (T, S)] for dtype in ("int32", "bool"))
     dense = given.mask and (*[1] * (4 - len(given.mask)), *given.mask)
+    prefix = Mask.function(lambda b, n, t, s: (s <= t) | (s < T // 4))
     return Mask(
+        functions=prefix.functions if given.mask_function else (),
         query_padding=real[0] if given.padding else None,
         key_padding=real[1] if given.padding else None,
         segment_ids=((ids[0], ids[1]),) if given.segments else (),
@@ -152,9 +162,10 @@ def _short(value: Any) -> str:
     if isinstance(value, DistanceBias):
         return _short(value.values)
     if isinstance(value, Mask):
-        parts = [field.name for field in dataclasses.fields(value)]
-        return f"Mask({', '.join(part for part in parts if jax.tree.leaves(getattr(value, part)))})"
-    return repr(value)
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        parts = [name for name, x in named.items() if name != "band" and x not in (None, ())]
+        return f"Mask({', '.join(parts)})"
+    return "a function" if callable(value) else repr(value)
 
 
 def memory(call: dict[str, Any]) -> str:
@@ -248,6 +259,7 @@ OPTIONS = (
     Option("is_causal", ("--causal", "--is-causal"), "no key after the query"),
     Option("broadcast_dropout", ("--broadcast-dropout",), "one mask for examples and heads"),
     Option("distance_bias", ("--distance-bias",), "a bias by head and distance"),
+    Option("score", ("--score",), "a function of each logit and its pair"),
     Option("sinks", ("--sinks",), "a logit for each head that attends to nothing"),
     Option("return_weights", ("--weights", "--return-weights"), "return [B, N, T, S] too"),
     Option("return_residuals", ("--residuals", "--return-residuals"), "return them too"),

@@ -6,12 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_mha.config.fields import FIELD_CHECKS, canonical_biases, check_chunks, plain
+from flax_mha.config.fields import (
+    FIELD_CHECKS,
+    canonical_biases,
+    check_chunks,
+    check_window,
+    plain,
+)
 from flax_mha.config.latent import check_latent, norms_of, projections_of
 from flax_mha.core import checks
 from flax_mha.core.typing import HeadDims
 from flax_mha.keras.policies import policy_dtypes
 from flax_mha.norms import Norm
+from flax_mha.positions.scores import check_score
 
 # Entries of Keras's get_config() that describe the Keras object, not the attention.
 _KERAS_ONLY = ("name", "trainable")
@@ -33,7 +40,11 @@ class MultiHeadAttentionConfig:
         output_shape: the output's feature shape E, an int or a tuple; None = the query's D.
         attention_axes: the axes that attend, an int or a tuple; None = all but the first and the
             features. Negative ones count from the features' end: -2 is the last before them.
-        sliding_window: a query attends to keys less than this many positions away, either side.
+        sliding_window: an int w, Keras's: a query attends to keys less than w positions away in
+            raster order, either side: 2 w - 1 of them, at the ends fewer. Or a tuple, a size for
+            each of `attention_axes` in their order, short for a `flax_mha.Neighborhood`, which
+            takes a dilation and causal axes too: so many keys in all along each axis, at the
+            borders too. `use_causal_mask=True` is raster order beside both. None = no window.
         kernel_initializer: a Keras name, a Keras config dict, an object of
             `flax_mha.keras.initializers`, or a JAX initializer `(key, shape, dtype)`.
         bias_initializer: likewise.
@@ -60,6 +71,8 @@ class MultiHeadAttentionConfig:
         clip_qkv: c, where the projections of query, key and value are clamped to [-c, c].
         scale: the factor of query . key; None = 1 / sqrt(H).
         soft_cap: logits scale q k become soft_cap * tanh(logits / soft_cap); None = as they are.
+        score: a `flax_mha.positions.Score`: what becomes of each logit, after caps and biases and
+            before the mask, by a function that may own parameters; None = as it is.
         use_sinks: whether each head has a learned logit that attends to nothing.
         dtype: the compute dtype; None = that of inputs and parameters, promoted.
         param_dtype: the dtype of the parameters.
@@ -104,7 +117,7 @@ class MultiHeadAttentionConfig:
     use_bias: Any = True
     output_shape: Any = None
     attention_axes: Any = None
-    sliding_window: int | None = None
+    sliding_window: Any = None
     kernel_initializer: Any = "glorot_uniform"
     bias_initializer: Any = "zeros"
     kernel_regularizer: Any = None
@@ -124,6 +137,7 @@ class MultiHeadAttentionConfig:
     clip_qkv: float | None = None
     scale: float | None = None
     soft_cap: float | None = None
+    score: Any = None
     use_sinks: bool = False
     dtype: Any = None
     param_dtype: Any = "float32"
@@ -139,8 +153,10 @@ class MultiHeadAttentionConfig:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
             remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
             checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
+        check_window(self)
         check_chunks(self)
         check_latent(self)
+        check_score(self.score, N)
         object.__setattr__(self, "use_bias", canonical_biases(self.use_bias, self._may_have_bias))
 
     @property

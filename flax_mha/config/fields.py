@@ -4,7 +4,7 @@ Equal configs must be equal and hash alike, whichever way their fields were writ
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,17 @@ from flax_mha.attention.context.axis import context_axis_of
 from flax_mha.config.latent import Latent, resolve_latent, serialize_latent
 from flax_mha.core import checks
 from flax_mha.keras.identifiers import Kind, resolve, serialize
+from flax_mha.masks import Neighborhood
 from flax_mha.norms import Norm
 from flax_mha.norms.identifiers import resolve_norm, serialize_norm
 from flax_mha.positions import PositionFunction
-from flax_mha.positions.identifiers import resolve_position, serialize_position
+from flax_mha.positions.identifiers import (
+    resolve_position,
+    resolve_score,
+    serialize_position,
+    serialize_score,
+)
+from flax_mha.positions.scores import Score
 
 
 def _size(name: str, value: Any) -> int:
@@ -38,6 +45,20 @@ def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
         rule = f"`{name}` must be an int or a tuple of ints."
         checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
     return tuple(_size(name, entry) for entry in entries)
+
+
+def _window(name: str, value: Any) -> int | Neighborhood:
+    """An int counts along the raster, as in Keras; a tuple is a window in several axes."""
+    if isinstance(value, Neighborhood):
+        return value
+    if isinstance(value, Mapping):
+        return Neighborhood.from_dict(value)
+    if isinstance(value, tuple | list):
+        return Neighborhood(tuple(value))
+    if not hasattr(value, "__index__"):
+        rule = f"`{name}` must be an int, a tuple of one for each attended axis, or a Neighborhood."
+        checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
+    return _size(name, value)
 
 
 def _use_bias(name: str, value: Any) -> bool | tuple[str, ...]:
@@ -84,7 +105,7 @@ FIELD_CHECKS: dict[str, Any] = {
     "use_bias": _use_bias,
     "output_shape": _output_shape,
     "attention_axes": _optional(checks.axes),
-    "sliding_window": _optional(_size),
+    "sliding_window": _optional(_window),
     "kernel_initializer": _identifier("initializer"),
     "bias_initializer": _identifier("initializer"),
     "kernel_regularizer": _identifier("regularizer"),
@@ -103,6 +124,7 @@ FIELD_CHECKS: dict[str, Any] = {
     "clip_qkv": _optional(checks.positive),
     "scale": _optional(checks.positive),
     "soft_cap": _optional(checks.positive),
+    "score": resolve_score,
     "use_sinks": checks.boolean,
     "dtype": _optional(checks.floating_dtype),
     "param_dtype": checks.floating_dtype,
@@ -126,16 +148,29 @@ def check_chunks(config: Any) -> None:
         checks.fail(ValueError, rule, f"{evidence}, position={position}")
 
 
+def check_window(config: Any) -> None:
+    """A window in several axes has one size for each; where no axes are named, the call checks."""
+    near, axes = config.sliding_window, config.attention_axes
+    if isinstance(near, Neighborhood) and axes is not None and len(near.window) != len(axes):
+        rule = "`sliding_window` in several axes must have one size for each of `attention_axes`."
+        evidence = f"sliding_window={near.window}, attention_axes={axes}"
+        checks.fail(ValueError, rule, evidence, "An int counts along the raster of all of them.")
+
+
 def plain(name: str, value: Any) -> Any:
     """A field's value as JSON can hold it."""
     if name.endswith(("initializer", "regularizer", "constraint")):
         return serialize(value)
     if name == "position":
         return serialize_position(value)
+    if isinstance(value, Score):
+        return serialize_score(value)
     if isinstance(value, Norm):
         return serialize_norm(value)
     if isinstance(value, Latent):
         return serialize_latent(value)
+    if isinstance(value, Neighborhood):
+        return value.to_dict()
     if isinstance(value, ContextAxis):
         return dataclasses.asdict(value)
     if isinstance(value, jax.lax.Precision):

@@ -73,6 +73,7 @@ def to_table(
     boxes.refuse(params, "params")
     D, M, C = features_of(params).values()
     check_params(params, config, (1, D), (1, M), (1, C))
+    without_score(config)
     _all_have_a_place(table, params)
     arrays = {}
     for entry in table:
@@ -101,6 +102,7 @@ PLAIN = {
     "clip_qkv": None,
     "scale": None,
     "soft_cap": None,
+    "score": None,
     "use_sinks": False,
 }
 
@@ -117,6 +119,13 @@ def only(whose: str, config: MultiHeadAttentionConfig, fixed: Mapping[str, Any])
     if len(config.output_shape or ()) > 1:
         rule = f"The layer of {whose} has one output axis: `output_shape` must be an int."
         checks.fail(ValueError, rule, f"output_shape={config.output_shape}")
+
+
+def without_score(config: MultiHeadAttentionConfig) -> None:
+    """A file of another framework has no place for a function: what it says would be lost."""
+    if config.score is not None:
+        rule = "The layers of other frameworks have no `score`: it must be None in the config."
+        checks.fail(ValueError, rule, f"score={config.score!r}", "Keep it here, and train with it.")
 
 
 def _incoming(entry: Entry, array: Any, sizes: Sizes) -> Array:

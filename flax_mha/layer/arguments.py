@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 from flax_mha.attention.dropout import start_of
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
+from flax_mha.masks import Mask
 from flax_mha.positions import PositionFunction
 
 Arrays: TypeAlias = tuple[Any, Any, Any]  # query, value, key
@@ -56,7 +57,7 @@ def checked_restrictions(
 
 def _checked(config: MultiHeadAttentionConfig, restrictions: Restrictions) -> Restrictions:
     masks = {
-        name: checks.boolean_mask(name, mask)
+        name: _mask_of(name, mask)
         for name, mask in restrictions._asdict().items()
         if name.endswith("mask") and mask is not None
     }
@@ -70,6 +71,21 @@ def _checked(config: MultiHeadAttentionConfig, restrictions: Restrictions) -> Re
     }
     dropout_start = start_of(restrictions.dropout_start)
     return restrictions._replace(**masks, **ids, dropout_start=dropout_start)
+
+
+def _mask_of(name: str, value: Any) -> Any:
+    """Booleans; of pairs of query and key a `Mask` too, as it is."""
+    if isinstance(value, Mask):
+        if name != "attention_mask":
+            rule = f"`{name}` must be an array; a Mask of queries and keys is `attention_mask=`."
+            checks.fail(TypeError, rule, f"{name} of type Mask")
+        return value
+    if callable(value) and not checks.is_array(value):
+        rule = f"`{name}` must be a Mask or booleans; a function becomes one: `Mask.function(f)`."
+        if name != "attention_mask":
+            rule = f"`{name}` must be an array of booleans."
+        checks.fail(TypeError, rule, f"{name} of type {type(value).__name__}")
+    return checks.boolean_mask(name, value)
 
 
 def _ids(name: str, value: Any, check: Callable[[str, Any], Any]) -> Any:

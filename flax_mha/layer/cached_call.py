@@ -12,6 +12,8 @@ from flax_mha.core.folding import Folding
 from flax_mha.core.typing import DType
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.caches import CrossCache, KVCache, is_spoiled
+from flax_mha.masks import Mask, Neighborhood
+from flax_mha.masks.placed import parts_of_indices
 from flax_mha.positions import DistanceFunction
 
 # A growing cache holds real tokens alone, in order: that is what its masks are made of.
@@ -20,18 +22,32 @@ _READ_WITH_KV_CACHE = ("value_mask", "positions", "dropout_start")
 
 def check_cached_call(cache: Any, arrays: Arrays, restrictions: Restrictions) -> None:
     """Refuses arguments that a cache cannot honour, a full cache, and padding that has holes."""
+    by_position = isinstance(restrictions.attention_mask, Mask)
+    if by_position:
+        _check_has_positions(restrictions.attention_mask)
     if isinstance(cache, CrossCache):
         _check_source(arrays)
         return _check_reads(cache, arrays, restrictions.query_mask)
     checks.instance("cache", cache, KVCache)
     if arrays[1] is None:
         checks.fail(TypeError, "A KVCache needs `value`, the new tokens.", "value=None")
+    read = (*_READ_WITH_KV_CACHE, *(["attention_mask"] if by_position else []))
     for name, given in restrictions._asdict().items():
-        if given is not None and name not in _READ_WITH_KV_CACHE:
+        if given is not None and name not in read:
             rule = f"With a KVCache, `{name}` cannot be honoured."
             remedy = "Mark the real new tokens by `value_mask=` [B, T], padded on the right."
+            if name == "attention_mask":
+                remedy += " A rule by positions is a Mask: `Mask.function(f)`."
             checks.fail(NotImplementedError, rule, f"{name} and a cache", remedy)
     _check_room(cache, arrays, restrictions.value_mask)
+
+
+def _check_has_positions(mask: Mask) -> None:
+    """With a cache, t and s are positions in a sequence whose length no array has to show."""
+    if parts := parts_of_indices(mask):
+        rule = "With a cache, a Mask is asked by positions: of functions and bands, no arrays."
+        remedy = "Look it up: `Mask.function(lambda b, n, t, s: array[b, t, s])`."
+        checks.fail(NotImplementedError, rule, f"a Mask with {', '.join(parts)}", remedy)
 
 
 def _check_source(arrays: Arrays) -> None:
@@ -110,6 +126,7 @@ def check_cache(
         checks.fail(
             NotImplementedError, rule, evidence, "Call with `config.replace(context_axis=None)`."
         )
+    check_no_grid(config)
     if folding.attended != (len(folding.batch),):
         rule = "A cache needs inputs [*batch, T, D] of which T alone is attended."
         evidence = f"attended axes {folding.attended}, batch axes {folding.batch}"
@@ -144,6 +161,14 @@ def _check_arrays(
     if cache.length.shape != folding.batch or cache.length.dtype != jnp.int32:
         rule = f"`cache.length` must be int32 [*batch] = {folding.batch}."
         checks.fail(ValueError, rule, f"{cache.length.dtype} of shape {cache.length.shape}")
+
+
+def check_no_grid(config: MultiHeadAttentionConfig) -> None:
+    """A grid is whole from the start; the ends of a cache move, and windows with them."""
+    if isinstance(config.sliding_window, Neighborhood):
+        rule = "A cache has no window in several axes: `sliding_window` must be an int or None."
+        evidence = f"a cache, and sliding_window={config.sliding_window}"
+        checks.fail(NotImplementedError, rule, evidence, "Call without a cache.")
 
 
 def check_no_chunks(config: MultiHeadAttentionConfig) -> None:

@@ -29,9 +29,10 @@ SPOILED = -1  # a length that no call leaves: it stays, and nothing is counted o
 class KVCache:
     """Past keys and values of one layer, a decoder's own; a pytree, made by `init_cache`.
 
-    A token sees itself and those before it, with `use_causal_mask=True` or without. Each call
-    returns the cache for the next one; outside `jax.jit` it reads the lengths back from the device,
-    to refuse what does not fit: jit the step, and look at `overflowed` and `spoiled` at its end.
+    A token sees itself and those before it, with `use_causal_mask=True` or without; a `Mask` of
+    positions, as `attention_mask=`, leaves some of these. Each call returns the cache for the next
+    one; outside `jax.jit` it reads the lengths back from the device, to refuse what does not fit:
+    jit the step, and look at `overflowed` and `spoiled` at its end.
 
     Attributes:
         key: `[*batch, K, S, H]`; S slots: the capacity, or those of a ring.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from flax_mha.attention.context.positions import whole_length
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
 from flax_mha.core.dtypes import promoted
@@ -18,7 +19,7 @@ from flax_mha.layer.cached_call import check_cache
 from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.chunks import chunk_mask
 from flax_mha.layer.placement import folded_pair, positions_of, with_dense_bias
-from flax_mha.masks import Mask
+from flax_mha.masks import Mask, Neighborhood
 from flax_mha.params import check_params, features_of
 
 
@@ -53,9 +54,7 @@ def prepare(
     dtype = _compute_dtype(params, arrays, config)
     if cache is not None:
         check_cache(cache, folding, config, dtype)
-    # Of a KVCache, `extend` makes the band, which counts from its slots.
-    first_B = cache.length.reshape(-1) if isinstance(cache, CrossCache) else None
-    mask = _mask(restrictions, folding, config, use_causal_mask, first_B)
+    mask = _mask(restrictions, folding, config, use_causal_mask, cache)
     given = restrictions.positions, restrictions.segment_ids
     positions = positions_of(*given, folding, config, cache)
     if config.chunk_size is not None and cache is None:  # of a cache, `extend` counts the chunks
@@ -102,9 +101,11 @@ def _mask(
     folding: Folding,
     config: MultiHeadAttentionConfig,
     causal: bool,
-    first_B: Array | None,
+    cache: KVCache | CrossCache | None,
 ) -> Mask:
-    """Every restriction at full rank, as one structured mask; `first_B` is where query 0 stands."""
+    """Every restriction at full rank, as one structured mask."""
+    # Of a KVCache, `extend` makes the band, which counts from its slots.
+    first_B = cache.length.reshape(-1) if isinstance(cache, CrossCache) else None
     mask = Mask()
     for name, lengths, letter, side in (
         ("query_mask", folding.targets, "T", "query"),
@@ -114,17 +115,52 @@ def _mask(
         array = getattr(restrictions, name)
         if array is not None:
             mask &= Mask.padding(**{side: folding.fold_padding(name, array, lengths, letter)})
-    if restrictions.attention_mask is not None:
-        N = config.num_heads
-        mask &= Mask.dense(folding.fold_scores("attention_mask", restrictions.attention_mask, N))
+    # Beside a cache it is asked by positions, which the cache's view tells.
+    by_position = cache is not None and mask_by_position(restrictions) is not None
+    if restrictions.attention_mask is not None and not by_position:
+        mask &= _of_pairs(restrictions.attention_mask, folding, config)
     if restrictions.segment_ids is not None:
         mask &= Mask.segments(*folded_pair("segment_ids", restrictions.segment_ids, folding))
     if causal:
         mask &= Mask.causal(first_B)
-    if config.sliding_window is not None:
+    if isinstance(config.sliding_window, Neighborhood):
+        mask &= _neighborhood(config.sliding_window, folding)
+    elif config.sliding_window is not None:
         window = Mask.window(config.sliding_window - 1, config.sliding_window - 1)
         mask &= dataclasses.replace(window, query_offset=first_B)
     return mask
+
+
+def _neighborhood(near: Neighborhood, folding: Folding) -> Mask:
+    """A window in several axes, of tokens that see each other."""
+    if folding.targets != folding.sources:
+        rule = "A `sliding_window` in several axes needs queries and keys of one grid."
+        evidence = f"T={folding.targets}, S={folding.sources}, sliding_window={near.window}"
+        checks.fail(ValueError, rule, evidence, "An int, along the raster, has no such need.")
+    if len(near.window) != len(folding.targets):
+        rule = "`sliding_window` in several axes must have one size for each attended axis."
+        evidence = f"sliding_window={near.window}, attended axes of sizes {folding.targets}"
+        checks.fail(ValueError, rule, evidence, "Name them by `attention_axes`.")
+    rest = {"dilation": near.dilation, "is_causal": near.is_causal}
+    return Mask.neighborhood(folding.targets, near.window, **rest)
+
+
+def mask_by_position(restrictions: Restrictions) -> Mask | None:
+    """The caller's `attention_mask` where it is a `Mask`, not an array."""
+    given = restrictions.attention_mask
+    return given if isinstance(given, Mask) else None
+
+
+def _of_pairs(given: Any, folding: Folding, config: MultiHeadAttentionConfig) -> Mask:
+    """The caller's `attention_mask`, folded and found to fit."""
+    N, S = config.num_heads, folding.S
+    if not isinstance(given, Mask):
+        return Mask.dense(folding.fold_scores("attention_mask", given, N))
+    # Of a dense mask every device has the columns of all of them.
+    columns = whole_length(config.context_axis, S)
+    dataclasses.replace(given, dense_masks=()).check(folding.B, N, folding.T, S)
+    Mask(dense_masks=given.dense_masks).check(folding.B, N, folding.T, columns)
+    return given
 
 
 def _bias(bias: Array | None, folding: Folding, config: MultiHeadAttentionConfig) -> Array | None:

@@ -16,7 +16,7 @@ from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey, Shape
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.caches import CrossCache, KVCache
-from flax_mha.layer.call import checked_folding, prepare
+from flax_mha.layer.call import checked_folding, mask_by_position, prepare
 from flax_mha.layer.extend import News, View, extend, misplaced, read_source
 from flax_mha.layer.heads import Heads
 from flax_mha.layer.making import heads_of
@@ -29,6 +29,7 @@ from flax_mha.layer.outputs import (
 )
 from flax_mha.layer.placement import distance_bias
 from flax_mha.layer.projection import as_rank
+from flax_mha.layer.scoring import score_of
 from flax_mha.masks import Mask
 
 
@@ -125,6 +126,8 @@ def _equation(
     query_BTNH = heads.query()
     view, new_cache = _view(heads, flags, cache)
     view = heads.read(view)
+    if cache is not None:  # without one it is among the call's other restrictions
+        view = view.with_mask(mask_by_position(restrictions))
     attended = attention_cut(
         cut,
         query_BTNH,
@@ -132,6 +135,7 @@ def _equation(
         view.value_BSKV,
         mask=view.mask,
         bias=view.bias_bnts,
+        score=score_of(params, config, query_BTNH.dtype, view.places),
         distance_bias=view.distance_bias,
         sinks=params["sinks"]["logits"] if "sinks" in params else None,
         scale=heads.scale,

@@ -16,6 +16,17 @@ from flax_mha.core.typing import Array
 from flax_mha.layer.caches import SPOILED, CrossCache, KVCache, is_spoiled
 from flax_mha.layer.chunks import chunk_mask
 from flax_mha.masks import Mask
+from flax_mha.masks.placed import placed_mask
+
+
+class Places(NamedTuple):
+    """The positions of queries and keys in the whole sequence, int32, b 1 or B.
+
+    A slot that was never written is hidden, and given a position that exists: 0.
+    """
+
+    query_bT: Array
+    key_bS: Array
 
 
 class View(NamedTuple):
@@ -26,6 +37,15 @@ class View(NamedTuple):
     mask: Mask
     bias_bnts: Array | None
     distance_bias: DistanceBias | None
+    places: Places | None = None  # where queries and keys stand; None = where their indices say
+
+    def with_mask(self, mask: Mask | None) -> "View":
+        """Further restricted by a mask whose t and s are positions."""
+        if mask is None:
+            return self
+        if self.places is not None:
+            mask = placed_mask(mask, *self.places)
+        return self._replace(mask=self.mask & mask)
 
 
 class News(NamedTuple):
@@ -55,23 +75,18 @@ def extend(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCac
 
 def _extend_line(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
     """Slot p holds position p: the band says it all, in every block and with every length."""
-    length_B, S = cache.length.reshape(-1), cache.capacity
+    length_B, S, T = cache.length.reshape(-1), cache.capacity, news.key_BTKH.shape[1]
+    slot_1S = _index(S)
+    places = Places(length_B[:, None] + _index(T), slot_1S)
     mask = Mask.causal(length_B)
     if not (news.is_causal or cache.is_causal):
-        slot_1S = jnp.arange(S, dtype="int32")[None]
         mask = Mask.padding(key=slot_1S < (length_B + news.count_B)[:, None])
     if news.chunk_size is not None:
-        mask &= _chunks_of_line(length_B, news.key_BTKH.shape[1], S, news.chunk_size)
+        mask &= chunk_mask(news.chunk_size, *places, query_offset=length_B)
     cache = _written(cache, news, first=0)
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=length_B)
-    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, None, bias)
-
-
-def _chunks_of_line(length_B: Array, T: int, S: int, size: int) -> Mask:
-    query_BT = length_B[:, None] + jnp.arange(T, dtype="int32")[None]
-    slot_1S = jnp.arange(S, dtype="int32")[None]
-    return chunk_mask(size, query_BT, slot_1S, query_offset=length_B)
+    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, None, bias, places)
 
 
 def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
@@ -82,24 +97,26 @@ def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[K
     """
     length_B1, S = cache.length.reshape(-1, 1), cache.capacity
     assert cache.window is not None
-    age_BS = (length_B1 - jnp.arange(S, dtype="int32")[None]) % S
+    age_BS = (length_B1 - _index(S)) % S
     seen_BS = (age_BS < cache.window) & (age_BS <= length_B1)
     dense = None if bias is None else bias.at(-age_BS[:, None])
     cache = _written(cache, news, first=0)
-    mask = Mask.padding(key=seen_BS)
-    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, dense, None)
+    mask, places = Mask.padding(key=seen_BS), Places(length_B1, (length_B1 - age_BS).clip(0))
+    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, dense, None, places)
 
 
 def _extend_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
     """Many tokens: they see the ring in the order of its positions, and then each other."""
     length_B, S = cache.length.reshape(-1), cache.capacity
-    order_BS = (length_B[:, None] + jnp.arange(S, dtype="int32")[None]) % S
+    order_BS = (length_B[:, None] + _index(S)) % S
     unrolled = lambda x: jnp.take_along_axis(  # noqa: E731
         _heads_last(x), order_BS[:, :, None, None], axis=1
     )
     T = news.key_BTKH.shape[1]
-    held_BS = jnp.arange(S, dtype="int32")[None] >= S - length_B[:, None]
-    real_BT = jnp.arange(T, dtype="int32")[None] < news.count_B[:, None]
+    key_position_BS = (length_B[:, None] - S + _index(S + T)).clip(0)
+    places = Places(length_B[:, None] + _index(T), key_position_BS)
+    held_BS = _index(S) >= S - length_B[:, None]
+    real_BT = _index(T) < news.count_B[:, None]
     offset_1 = jnp.full((1,), S, "int32")
     assert cache.window is not None
     mask = Mask.causal(offset_1) & Mask.padding(key=jnp.concatenate([held_BS, real_BT], 1))
@@ -110,14 +127,18 @@ def _extend_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple
     value_BSKV = jnp.concatenate([unrolled(cache.value), news.value_BTKV], 1)
     # Of many tokens only the last S stay: none is written that a later one would replace.
     cache = _written(cache, news, first=news.count_B - S)
-    return cache, View(key_BSKH, value_BSKV, mask, None, bias)
+    return cache, View(key_BSKH, value_BSKV, mask, None, bias, places)
+
+
+def _index(length: int) -> Array:
+    return jnp.arange(length, dtype="int32")[None]
 
 
 def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     """The real new tokens from `first` on in their slots; what does not fit is dropped."""
     T, S = news.key_BTKH.shape[1], cache.capacity
     length_B = cache.length.reshape(-1)
-    index_1T = jnp.arange(T, dtype="int32")[None]
+    index_1T = _index(T)
     slot_BT = length_B[:, None] + index_1T
     slot_BT = slot_BT % S if cache.is_ring else slot_BT
     first_B1 = jnp.reshape(first, (-1, 1))
@@ -188,7 +209,8 @@ def read_source(
         mask &= Mask.padding(key=cache.mask.reshape(-1, cache.mask.shape[-1]))
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=cache.length.reshape(-1))
-    view = View(_heads_last(cache.key), _heads_last(cache.value), mask, bias_bnts, bias)
+    places = Places(cache.length.reshape(-1, 1) + _index(T), _index(cache.key.shape[-2]))
+    view = View(_heads_last(cache.key), _heads_last(cache.value), mask, bias_bnts, bias, places)
     length_B = cache.length.reshape(-1) + reached(mask.query_padding, T)
     length_B = jnp.where(_spoiled(cache), SPOILED, length_B)
     return dataclasses.replace(cache, length=length_B.reshape(cache.length.shape)), view
@@ -210,7 +232,7 @@ def misplaced(cache: KVCache | CrossCache, mask: Mask, T: int) -> Array:
     else:
         limit, real_bT = None if cache.is_ring else cache.capacity, mask.key_padding
         wrong_B |= _has_holes(real_bT)
-    position_BT = cache.length.reshape(-1, 1) + jnp.arange(T, dtype="int32")[None]
+    position_BT = cache.length.reshape(-1, 1) + _index(T)
     beyond_BT = jnp.zeros_like(position_BT, bool) if limit is None else position_BT >= limit
     return wrong_B[:, None] | (beyond_BT if real_bT is None else beyond_BT & real_bT)
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core import checks
+from flax_mha.core.pairs.function import mask_function
 from flax_mha.core.typing import Shape
 from flax_mha.masks import Mask
+from flax_mha.masks.of_pairs import beyond
+from flax_mha.masks.placed import of_indices, parts_of
 
 # Attention weights of T1 x T2 queries over S1 x S2 keys, with their heads.
 GRID_LETTERS = "[T1, T2, S1, S2] or [N, T1, T2, S1, S2]"
@@ -61,11 +64,17 @@ def image_array(image: Any, sizes: Shape) -> np.ndarray:
     return array
 
 
-def mask_BNTS(mask: Any, query_length: Any, key_length: Any) -> np.ndarray:
-    """Booleans `[B, N, T, S]` of a `Mask` and two lengths, or of an array."""
+def mask_BNTS(
+    mask: Any, query_length: Any, key_length: Any, examples: Any = None, heads: Any = None
+) -> np.ndarray:
+    """Booleans `[B, N, T, S]` of a `Mask` and its lengths, or of an array."""
+    counts = {"examples": examples, "heads": heads}
     if isinstance(mask, Mask):
-        return _of_structure(mask, query_length, key_length)
+        return _of_structure(mask, query_length, key_length, counts)
     _concrete("mask", mask)
+    if any(count is not None for count in counts.values()):
+        rule = "`examples` and `heads` are of a Mask: an array has as many as it has."
+        checks.fail(TypeError, rule, f"{counts}")
     array = np.asarray(checks.boolean_mask("mask", mask))
     if array.ndim not in (2, 3, 4):
         rule = "`mask` must be a Mask, or have the axes [T, S], [N, T, S] or [B, N, T, S]."
@@ -80,20 +89,43 @@ def mask_BNTS(mask: Any, query_length: Any, key_length: Any) -> np.ndarray:
     return _non_empty("mask", array).reshape((1,) * (4 - array.ndim) + array.shape)
 
 
-def _of_structure(mask: Mask, query_length: Any, key_length: Any) -> np.ndarray:
+def _of_structure(
+    mask: Mask, query_length: Any, key_length: Any, counts: dict[str, Any]
+) -> np.ndarray:
     if query_length is None or key_length is None:
         rule = "A Mask has no lengths of its own: `query_length` and `key_length` must be given."
         evidence = f"query_length={query_length!r}, key_length={key_length!r}"
         checks.fail(TypeError, rule, evidence, "For example `plot_mask(Mask.causal(), 8, 8)`.")
     T = checks.integer("query_length", query_length, minimum=1)
     S = checks.integer("key_length", key_length, minimum=1)
-    leaves = jax.tree.leaves(mask)
-    for leaf in leaves:
+    for leaf in jax.tree.leaves(mask):
         _concrete("mask", leaf)
-    rows = [np.shape(leaf)[0] for leaf in leaves if np.ndim(leaf) > 1]
-    heads = [dense.shape[1] for dense in mask.dense_masks]
-    mask.check(max(rows, default=1), max(heads, default=1), T, S)
-    return np.asarray(mask.as_array(T, S))
+    B, N = _counts(mask, counts)
+    mask.check(B or 1, N or 1, T, S)
+    return np.asarray(mask.as_array(T, S, B, N))
+
+
+def _counts(mask: Mask, counts: dict[str, Any]) -> list[int | None]:
+    """Examples and heads, as told or as arrays show; what a function reads must be known."""
+    parts = parts_of(mask)
+    arrays = [x for part in parts for x in jax.tree.leaves(of_indices(part))]
+    lengths = [len(x) for part in parts for x in part.prefix_lengths]
+    shown = [*lengths, *map(len, arrays)], [x.shape[1] for x in arrays if x.ndim > 2]
+    return [
+        _count(mask, letter, name, count, max(sizes, default=1))
+        for letter, (name, count), sizes in zip("bn", counts.items(), shown)
+    ]
+
+
+def _count(mask: Mask, letter: str, name: str, count: Any, shown: int) -> int | None:
+    if count is not None:
+        return checks.integer(name, count, minimum=1)
+    if shown > 1:
+        return shown
+    if any(mask_function(f).reads(letter) for f in beyond(mask)):
+        rule = f"A function of the mask reads `{letter}`: `{name}` says how many to draw."
+        checks.fail(TypeError, rule, f"{name}=None", f"Pass `{name}=1` for the first.")
+    return None
 
 
 def panel_count(count: int, what: str) -> None:

@@ -27,6 +27,8 @@ def plot_mask(
     query_length: int | None = None,
     key_length: int | None = None,
     *,
+    examples: int | None = None,
+    heads: int | None = None,
     query_labels: Sequence[str] | None = None,
     key_labels: Sequence[str] | None = None,
     title: str | None = None,
@@ -38,6 +40,8 @@ def plot_mask(
             `[B, T, S]` pass `mask[:, None]`.
         query_length: T; needed with a `Mask`.
         key_length: S; needed with a `Mask`.
+        examples: B, of a `Mask`; needed where a function of it reads b. None = as its arrays tell.
+        heads: N, likewise of n.
         query_labels: T strings; a string stands for its characters. None = positions.
         key_labels: S strings; None = positions.
         title: above all.
@@ -47,7 +51,8 @@ def plot_mask(
 
     Raises:
         ValueError: wrong axes or lengths; labels of another number; more than 64 panels.
-        TypeError: a mask of floats, or one inside `jax.jit`; a `Mask` without lengths.
+        TypeError: a mask of floats, or one inside `jax.jit`; a `Mask` without lengths, or of a
+            function that reads b or n without `examples` or `heads`.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -56,9 +61,12 @@ def plot_mask(
         >>> figure = plot_mask(Mask.causal() & Mask.window(2, 0), 6, 6)
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['may not attend', 'may attend']
+        >>> dilated = Mask.function(lambda b, n, t, s: (t - s) % (n + 1) == 0)
+        >>> len(plot_mask(dilated, 6, 6, heads=2).axes)
+        2
     """
     import_matplotlib()
-    allowed = mask_BNTS(mask, query_length, key_length)
+    allowed = mask_BNTS(mask, query_length, key_length, examples, heads)
     B, N, T, S = allowed.shape
     panel_count(B * N, "example and head")
     rows = Side("query", T, labels_of("query_labels", query_labels, T, "T"))

@@ -3,7 +3,8 @@
 `Rotary` turns queries and keys, `AxialRotary` by positions of several axes; `QueryGrowth` makes
 queries longer; `Alibi` and `RelativeBias` add to the logits a number that depends on head and
 distance alone, so that no `[T, S]` array is made; `GridBias` adds one of rows and columns, which is
-made. `register` makes own subclasses known to saved configs.
+made. `Score` is any function of a logit and its pair. `register` makes own subclasses known to
+saved configs.
 """
 
 from flax_mha.positions.alibi import Alibi as Alibi
@@ -24,3 +25,4 @@ from flax_mha.positions.scalings import LinearScaling as LinearScaling
 from flax_mha.positions.scalings import Llama3Scaling as Llama3Scaling
 from flax_mha.positions.scalings import Scaling as Scaling
 from flax_mha.positions.scalings import YarnScaling as YarnScaling
+from flax_mha.positions.scores import Score as Score

@@ -1,5 +1,6 @@
-"""The classes of positions by their names: what a config's dict may name, own classes too."""
+"""The classes of positions and scores by their names, which a config's dict holds; own ones too."""
 
+import inspect
 from typing import TypeVar
 
 from flax_mha.core.frozen import Frozen
@@ -7,18 +8,20 @@ from flax_mha.core.registry import Registry
 from flax_mha.positions.bias import PositionBias
 from flax_mha.positions.function import PositionFunction
 from flax_mha.positions.scalings import Scaling
+from flax_mha.positions.scores import Score
 
 POSITIONS = Registry(
     "position",
     (PositionFunction, PositionBias, Scaling),
-    "Rotary, PositionFunction, Scaling, DistanceFunction or DenseBias",
+    "Rotary, PositionFunction, Scaling, DistanceFunction, DenseBias or Score",
     "flax_mha.positions.register",
 )
+SCORES = Registry("score", (Score,), "Score", "flax_mha.positions.register")
 Class = TypeVar("Class", bound=type[Frozen])
 
 
 def register(own: Class) -> Class:
-    """Makes an own position or scaling known by its name, so that configs with it can be saved.
+    """Makes an own position, scaling or score known by its name: configs with it can be saved.
 
     A decorator above `@dataclasses.dataclass(frozen=True)`. `to_dict` writes the class's name and
     its fields, which must be what JSON holds (numbers, strings, tuples of them), or registered
@@ -26,7 +29,7 @@ def register(own: Class) -> Class:
 
     Args:
         own: a frozen dataclass, a subclass of `Rotary`, `PositionFunction`, `Scaling`,
-            `DistanceFunction` or `DenseBias`.
+            `DistanceFunction`, `DenseBias` or `Score`.
 
     Returns:
         The class itself.
@@ -51,5 +54,6 @@ def register(own: Class) -> Class:
         >>> MultiHeadAttentionConfig.from_dict(config.to_dict()).position.frequencies(4).tolist()
         [0.25, 0.0025]
     """
-    POSITIONS.add(own)
+    is_score = inspect.isclass(own) and issubclass(own, Score)
+    (SCORES if is_score else POSITIONS).add(own)
     return own

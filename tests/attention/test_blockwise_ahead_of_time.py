@@ -10,8 +10,8 @@ pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: pip inst
 
 import ahead_of_time
 
-from flax_mha import dot_product_attention
-from flax_mha.attention.blockwise import tile_sizes
+from flax_mha import Mask, dot_product_attention
+from flax_mha.attention.blockwise import backward, order, tile_sizes
 
 N, H = 8, 128
 # Bundles of jax's splash attention on v5e, a tile of 512 x 512 and head, at its best block sizes.
@@ -64,3 +64,26 @@ def test_memory_is_linear_where_the_reference_is_not(implementation):
         io = memory.argument_size_in_bytes + memory.output_size_in_bytes
         shares.append((memory.peak_memory_in_bytes - io) / T)
     assert (shares[1] <= 1.2 * shares[0]) == (implementation == "blockwise"), shares
+
+
+@pytest.mark.slow
+def test_functions_of_pairs_compile_with_queries_along_lanes(monkeypatch):
+    """A mask with holes, and a score with floats of every kind, forward and backward."""
+    orders, of = set(), order.order_of
+    spy = lambda tiling: orders.add(tiling.queries_last) or of(tiling)
+    monkeypatch.setattr(backward, "order_of", spy)
+    x = jax.ShapeDtypeStruct((1, 2048, N, H), jnp.bfloat16)
+    floats = jax.ShapeDtypeStruct((N, 2048), jnp.float32)
+
+    def loss(q, k, v, floats):
+        def score(x, b, n, t, s):
+            x = x - floats[n, 0] * jnp.abs(t - s).astype(x.dtype)
+            return 30 * jnp.tanh((x + floats[n, t] - floats[n, s]) / 30)
+
+        mask = Mask.function(lambda b, n, t, s: (s <= t) & ((t - s < 100) | (s % 512 < 8)))
+        how = dict(mask=mask, score=score, implementation="blockwise")
+        return dot_product_attention(q, k, v, **how).astype("float32").sum()
+
+    program = ahead_of_time.compile(jax.grad(loss, (0, 1, 2, 3)), (x, x, x, floats))
+    assert True in orders  # and False, where only types are asked for
+    assert "tpu_custom_call" not in program.as_text()

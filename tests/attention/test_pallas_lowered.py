@@ -12,6 +12,7 @@ from kernel_cases import arrays_of, attend, distances, split
 from flax_mha import Mask
 
 KERNELS = ("flax_mha_forward", "flax_mha_backward", "flax_mha_bias", "flax_mha_distances")
+OF_SCORES = "flax_mha_score"
 
 
 def text_of(function, *args, **jit):
@@ -20,7 +21,7 @@ def text_of(function, *args, **jit):
 
 
 def kernels_in(text):
-    return {name for name in KERNELS if f'"{name}"' in text}
+    return {name for name in (*KERNELS, OF_SCORES) if f'"{name}"' in text}
 
 
 def loss(arrays, implementation=None, **call):
@@ -117,3 +118,19 @@ def test_over_devices_that_xla_cuts():
     )
     gradient = text_of(jax.grad(one), arrays)
     assert kernels_in(gradient) == {"flax_mha_forward", "flax_mha_backward"}
+
+
+def test_functions_of_pairs_over_the_devices_of_a_shard_map():
+    """What varies over devices, and what is the same on all and gets a gradient of their sum."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    arrays, slopes = arrays_of(130, 130), normal(3, 4)
+
+    def one(arrays, slopes):
+        score = lambda x, b, n, t, s: x - slopes[n] * (t - s).astype(x.dtype)
+        mask = Mask.function(lambda b, n, t, s: (s <= t) & (t - s < 90))
+        return jax.lax.psum(loss(arrays, "pallas_tpu", mask=mask, score=score), "data")
+
+    specs = dict(mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    gradient = jax.grad(jax.shard_map(one, **specs), (0, 1))
+    kernels = {"flax_mha_forward", "flax_mha_backward", OF_SCORES}
+    assert kernels_in(text_of(gradient, arrays, slopes)) == kernels

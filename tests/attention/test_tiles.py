@@ -98,7 +98,7 @@ def inputs_of(T, S, *, B=1, N=8, K=None, H=64, mask=None):
         query_BTNH=shape(B, T, N, H),
         key_BSKH=shape(B, S, K or N, H),
         value_BSKV=shape(B, S, K or N, H),
-        mask=mask or Mask(),
+        mask=Mask() if mask is None else mask,
     )
 
 

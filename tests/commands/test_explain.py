@@ -197,3 +197,11 @@ def test_bytes_are_said_in_units(bytes_, text):
 def test_no_two_options_share_a_name():
     flags = [*itertools.chain.from_iterable(option.flags for option in command.OPTIONS)]
     assert len(flags) == len(set(flags))
+
+
+def test_functions_of_pairs_can_be_asked_for(capsys):
+    lines = printed(capsys, "--shape", SHAPE, "--score", "--mask-function", "--platform", "gpu")
+    told = " ".join(lines.split())
+    assert "score=a function" in told
+    assert "mask=Mask(functions)" in told
+    assert re.search(r"reference ok.*blockwise ok.*cudnn (?!ok)", told)

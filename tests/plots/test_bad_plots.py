@@ -132,6 +132,12 @@ MASKS = [
         ValueError,
         r"be a Mask, or have the axes \[T, S\].*\(1, 1, 1, 5, 7\)",
     ),
+    (
+        (Mask.function(lambda b, n, t, s: s <= t + b), T, S),
+        TypeError,
+        r"reads `b`: `examples`.*`examples=1` for the first",
+    ),
+    ((~Mask.function(lambda b, n, t, s: s <= n), T, S), TypeError, r"reads `n`: `heads` says"),
     ((DENSE[:0],), ValueError, r"`mask` must have at least one query"),
     ((DENSE.astype("float32"),), TypeError, r"`mask` must be boolean.*float32"),
     ((np.full((T, S), 2),), ValueError, r"`mask` must be boolean \(or integer 0/1\)"),

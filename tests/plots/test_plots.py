@@ -230,6 +230,34 @@ def test_every_kind_of_structure_is_drawn_as_its_array(mask):
     np.testing.assert_array_equal(kinds == ALLOWED, mask.as_array(T, S).reshape(-1, T, S))
 
 
+@pytest.mark.parametrize(
+    ("mask", "counts", "names"),
+    [
+        (Mask.function(lambda b, n, t, s: (t + s) % 2 == 0), {}, [""]),
+        (Mask.function(lambda b, n, t, s: s <= t + n), {"heads": 2}, ["head 0", "head 1"]),
+        (
+            ~Mask.function(lambda b, n, t, s: s <= t + b),
+            {"examples": 2},
+            ["example 0", "example 1"],
+        ),
+        (
+            Mask.causal() | (Mask.padding(key=np.arange(S) < [[2], [3]]) & Mask.prefix([3, 1])),
+            {},
+            ["example 0", "example 1"],
+        ),
+        (Mask.window(1, 1) | Mask.prefix([1, 2]), {"examples": 2, "heads": 3}, ["0", "1"]),
+    ],
+    ids=["places", "heads", "examples", "told by its padding", "heads that nothing reads"],
+)
+def test_functions_unions_and_complements_are_drawn(mask, counts, names):
+    figure = plot_mask(mask, T, S, **counts)
+    shown = np.stack([drawn(axes) for axes in panels(figure)])
+    array = mask.as_array(T, S, B=2, N=2)
+    np.testing.assert_array_equal(shown == ALLOWED, np.asarray(array).reshape(-1, T, S))
+    titles = [axes.get_title() for axes in panels(figure)]
+    assert all(name in title for name, title in zip(names, titles, strict=True))
+
+
 def test_cells_are_separated_while_they_are_few():
     few, many = (panels(plot_mask(Mask.causal(), n, n))[0] for n in (40, 41))
     np.testing.assert_array_equal(few.get_xticks(minor=True), np.arange(41) - 0.5)

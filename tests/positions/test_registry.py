@@ -175,7 +175,7 @@ def lost_fields():
         (lambda: Steps(), "`register` takes a class"),
         (
             lambda: dict,
-            "a subclass of Rotary, PositionFunction, Scaling, DistanceFunction or DenseBias",
+            "a subclass of Rotary, PositionFunction, .*, DenseBias or Score",
         ),
         (lost_fields, r"must be a frozen dataclass.*\['speed'\].*Decorate it"),
     ],

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from flax_mha.attention.allowed import with_blocks
 from flax_mha.attention.blockwise.engine import Blocks, Engine
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.blockwise.programs import Forward, Tangent
@@ -78,8 +79,14 @@ def split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
         "bias": inputs.bias_bnts,
         "distances": distances,
     }
+    score, where = inputs.score, inputs.where
+    if score is not None:
+        arrays |= score.moving
+        score = score.with_moving(dict.fromkeys(score.moving))
+    T, S = inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1]
+    where = with_blocks(where, T, S, options.block_sizes)
     dropout = (inputs.dropout_word_2, inputs.dropout_start_4)
-    facts = Facts(inputs.mask, offset, *dropout, first)
+    facts = Facts(inputs.mask, offset, *dropout, first, where, score)
     return facts, {name: x for name, x in arrays.items() if x is not None}
 
 

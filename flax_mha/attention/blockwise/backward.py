@@ -9,7 +9,7 @@
 In `order`'s axes, by its equations.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from flax_mha.attention.blockwise.call import (
     Blocks,
     Plan,
-    every,
-    loop,
     of_keys,
     of_queries,
     of_rows,
@@ -27,14 +25,15 @@ from flax_mha.attention.blockwise.call import (
     put_queries,
     scaled_queries,
     stretch,
-    tile_biases,
     tile_dropper,
     tile_logits,
-    where_needed,
+    tile_terms,
 )
 from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
 from flax_mha.attention.blockwise.order import order_of
-from flax_mha.attention.blockwise.tiles import Tile, add_at, begin, query_spans, scores_place
+from flax_mha.attention.blockwise.pair_tiles import add_moving
+from flax_mha.attention.blockwise.tiles import Tile, add_at, begin, scores_place
 from flax_mha.attention.distance import unskew
 from flax_mha.attention.logits import scales
 from flax_mha.core.dtypes import wide_dtype
@@ -54,11 +53,12 @@ class Saved(NamedTuple):
     d_context_BTNV: Array
 
 
-class Biases(NamedTuple):
-    """The gradients of the dense bias and of the distance bias, where the call has them."""
+class Terms(NamedTuple):
+    """The gradients of the biases and of a score function's floats, where the call has them."""
 
     bias_bnts: Array | None
     values_NL: Array | None
+    score: dict[str, Array]
 
 
 class Gradients(NamedTuple):
@@ -67,7 +67,7 @@ class Gradients(NamedTuple):
     d_query_BTNH: Array
     d_key_BSKH: Array
     d_value_BSKV: Array
-    d_biases: Biases
+    d_terms: Terms
 
 
 class Sums(NamedTuple):
@@ -76,7 +76,7 @@ class Sums(NamedTuple):
     d_key: Array  # as `order` gathers them
     d_value: Array
     d_query_BTNH: Array
-    d_biases: Biases
+    d_terms: Terms
 
 
 class TileGradients(NamedTuple):
@@ -85,7 +85,8 @@ class TileGradients(NamedTuple):
     d_key: Array
     d_value: Array
     d_query_bkrh: Array
-    d_logits_bkrs: Array | None
+    d_logits_bkrs: Array | None  # before the score function
+    d_score: dict[str, Array]
 
 
 def backward(
@@ -100,8 +101,8 @@ def backward(
 
     wide = wide_dtype(blocks.query_BTNH.dtype)
     values = None if blocks.distance_bias is None else blocks.distance_bias.values
-    biases = Biases(blocks.bias_bnts, values)
-    like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, biases)
+    terms = Terms(blocks.bias_bnts, values, {} if blocks.score is None else blocks.score.moving)
+    like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, terms)
     start = jax.tree.map(lambda x: full(blocks.query_BTNH, x.shape, 0, wide), like)
     return every(tiling.lanes * tiling.key_blocks, step, start)
 
@@ -138,7 +139,7 @@ def _key_block(
         return _add(plan, blocks, sums, tile, where_needed(plan, blocks, tile, compute, nothing))
 
     sums = _nothing(plan, gradients)
-    sums = loop(query_spans(tiling, blocks.mask, b, j), step, sums)
+    sums = query_loop(plan, blocks, at, step, sums)
     _, of_product = scales(plan.options, blocks.query_BTNH.dtype)
     order = order_of(tiling)
     d_key_bksh = order.of_keys(sums.d_key) * of_product
@@ -146,16 +147,16 @@ def _key_block(
         sums.d_query_BTNH,
         put_keys(gradients.d_key_BSKH, d_key_bksh, here),
         put_keys(gradients.d_value_BSKV, order.of_keys(sums.d_value), here),
-        sums.d_biases,
+        sums.d_terms,
     )
 
 
 def _nothing(plan: Plan, gradients: Gradients) -> Sums:
-    d_query, d_key, d_value, d_biases = gradients
+    d_query, d_key, d_value, d_terms = gradients
     sizes = (plan.tiling.b, plan.tiling.k, plan.tiling.s)
     shape = lambda x_BSKF: order_of(plan.tiling).gathered(*sizes, x_BSKF.shape[-1])  # noqa: E731
     zeros = lambda x_BSKF: full(x_BSKF, shape(x_BSKF), 0)  # noqa: E731
-    return Sums(zeros(d_key), zeros(d_value), d_query, d_biases)
+    return Sums(zeros(d_key), zeros(d_value), d_query, d_terms)
 
 
 def _tile_gradients(
@@ -174,13 +175,16 @@ def _tile_gradients(
     rows = (saved.row_max_BNT, saved.share_BNT, saved.delta_BNT)
     row_max, share, delta = (order.along_rows(of_rows(tiling, x, tile)) for x in rows)
 
-    biases = tile_biases(plan, blocks, tile)
-    logits_rs, slope_rs = tile_logits(
-        plan, blocks, query_bkrh, key_bksh, biases, tile, masked, order
+    terms = tile_terms(plan, blocks, tile)
+    logits_rs, slope_rs, pull = tile_logits(
+        plan, blocks, query_bkrh, key_bksh, terms, tile, masked, order
     )
     weights_rs = jnp.exp(logits_rs - row_max) * share
     d_weights_rs = drop(product(plan, order.d_weights, d_context_bkrv, value_bksv))
     d_logits_rs = weights_rs * (d_weights_rs - delta)
+    d_score: dict[str, Array] = {}
+    if pull is not None:
+        d_logits_rs, d_score = pull(d_logits_rs)
     d_product_rs = d_logits_rs if slope_rs is None else d_logits_rs * slope_rs
     d_product_rs = d_product_rs.astype(key_bksh.dtype)
     kept_rs = drop(weights_rs).astype(value_bksv.dtype)
@@ -190,6 +194,7 @@ def _tile_gradients(
         product(plan, order.d_value, d_context_bkrv, kept_rs),
         product(plan, order.d_query, d_product_rs, key_bksh) * plan.options.scale,
         order.of_rows_and_keys(d_logits_rs) if has_bias else None,
+        d_score,
     )
 
 
@@ -199,15 +204,15 @@ def _add(plan: Plan, blocks: Blocks, sums: Sums, tile: Tile, added: TileGradient
         sums.d_key + added.d_key,
         sums.d_value + added.d_value,
         put_queries(plan.tiling, sums.d_query_BTNH, d_query_bkrh, tile),
-        _add_biases(plan, blocks, sums.d_biases, tile, added.d_logits_bkrs),
+        _add_terms(plan, blocks, sums.d_terms, tile, added),
     )
 
 
-def _add_biases(plan: Plan, blocks: Blocks, sums: Biases, tile: Tile, d_logits_bkrs: Any) -> Biases:
+def _add_terms(plan: Plan, blocks: Blocks, sums: Terms, tile: Tile, added: TileGradients) -> Terms:
     """Dense: summed over the axes in which it has size 1. Of distances: along the diagonals."""
-    bias_bnts, values_NL = sums
-    tiling = plan.tiling
-    if bias_bnts is not None or values_NL is not None:
+    bias_bnts, values_NL, score = sums
+    tiling, d_logits_bkrs = plan.tiling, added.d_logits_bkrs
+    if d_logits_bkrs is not None:
         heads = tiling.k * tiling.G
         d_logits_bnts = d_logits_bkrs.reshape(tiling.b, heads, tiling.t, tiling.s)
     if bias_bnts is not None:
@@ -217,4 +222,7 @@ def _add_biases(plan: Plan, blocks: Blocks, sums: Biases, tile: Tile, d_logits_b
     if values_NL is not None:
         start, _ = stretch(plan, blocks, tile)
         values_NL = add_at(values_NL, unskew(d_logits_bnts.sum(0)), start)
-    return Biases(bias_bnts, values_NL)
+    score = {
+        name: add_moving(tiling, name, x, added.d_score[name], tile) for name, x in score.items()
+    }
+    return Terms(bias_bnts, values_NL, score)

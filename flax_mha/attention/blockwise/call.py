@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_mha.attention import dropout
+from flax_mha.attention.allowed import Allowed
 from flax_mha.attention.blockwise.order import KEYS_LAST, Order
+from flax_mha.attention.blockwise.pair_tiles import (
+    also_allowed,
+    moving_of,
+    scored,
+)
 from flax_mha.attention.blockwise.tiles import (
     Tile,
     Tiling,
     allowed,
-    may_meet,
     of_scores,
     per_example,
     put_at,
@@ -28,7 +32,7 @@ from flax_mha.attention.contract import Options
 from flax_mha.attention.distance import DistanceBias, skew
 from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.sizes import as_index, is_known
+from flax_mha.core.pairs.separated import Separated
 from flax_mha.core.typing import Array, Shape
 from flax_mha.masks import Mask
 
@@ -58,6 +62,9 @@ class Blocks:
     mask: Mask
     dropout_word_2: Array | None
     dropout_start_4: Array | None = None
+    where: tuple[Allowed, ...] = ()
+    score: Separated | None = None
+    needed_bnQJ: Array | None = None  # the tiles in which functions leave anything
 
 
 def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
@@ -123,26 +130,32 @@ def product(plan: Plan, equation: str, a: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
 
 
-class TileBiases(NamedTuple):
-    """A tile's part of the dense bias, and its stretch of the distance bias; None = has none."""
+class TileTerms(NamedTuple):
+    """A tile's part of what makes logits of products, None or nothing where the call has it not."""
 
     bias_bkGts: Array | None
-    values_nl: Array | None
+    values_nl: Array | None  # the stretch of the distance bias
+    score: dict[str, Array]  # the floats of the score function
 
 
-def tile_biases(plan: Plan, blocks: Blocks, tile: Tile) -> TileBiases:
+def tile_terms(plan: Plan, blocks: Blocks, tile: Tile) -> TileTerms:
     bias, distances = blocks.bias_bnts, blocks.distance_bias
-    return TileBiases(
+    return TileTerms(
         None if bias is None else of_scores(plan.tiling, bias, tile),
         None if distances is None else slice_at(distances.values, *stretch(plan, blocks, tile)),
+        {} if blocks.score is None else moving_of(plan.tiling, blocks.score, tile),
     )
 
 
 class TileLogits(NamedTuple):
-    """Logits of a tile, -inf where the mask forbids; the soft cap's slope, where there is one."""
+    """Logits of a tile, -inf where the mask forbids, and the way back from their gradient.
+
+    `pull_score` gives that of the logits before the score and of its floats; None = no score.
+    """
 
     logits_rs: Array
-    slope_rs: Array | None
+    slope_rs: Array | None  # of the soft cap
+    pull_score: Any = None
 
 
 def tile_logits(
@@ -150,12 +163,12 @@ def tile_logits(
     blocks: Blocks,
     query_bkrh: Array,
     key_bksh: Array,
-    biases: TileBiases,
+    terms: TileTerms,
     tile: Tile,
     masked: bool,
     order: Order = KEYS_LAST,
 ) -> TileLogits:
-    """cap(scale query . key) + bias, where allowed, of a query that has its part of the scale."""
+    """score(cap(scale query . key) + bias) where allowed, of a query with its part of the scale."""
     tiling, options = plan.tiling, plan.options
     multiply = functools.partial(product, plan, order.logits)
     product_rs = scaled_product(multiply, query_bkrh, key_bksh, options)
@@ -163,16 +176,35 @@ def tile_logits(
     if options.soft_cap is not None:
         slope_rs = 1 - (logits_rs / options.soft_cap) ** 2
     split = order.split(logits_rs, tiling)
-    if biases.bias_bkGts is not None:
-        split += order.beside(biases.bias_bkGts.astype(split.dtype), tiling)
-    if biases.values_nl is not None:
-        bias_nts = skew(biases.values_nl, tiling.t, tiling.s).astype(split.dtype)
+    if terms.bias_bkGts is not None:
+        split += order.beside(terms.bias_bkGts.astype(split.dtype), tiling)
+    if terms.values_nl is not None:
+        bias_nts = skew(terms.values_nl, tiling.t, tiling.s).astype(split.dtype)
         bias_bkGts = bias_nts.reshape(1, tiling.k, tiling.G, tiling.t, tiling.s)
         split += order.beside(bias_bkGts, tiling)
+    pull = None
+    if blocks.score is not None:
+        of = functools.partial(scored, blocks.score, tiling, order, tile)
+        split, pull = jax.vjp(of, split, terms.score)
     if masked:
-        allowed_bkGts = allowed(tiling, blocks.mask, tile, order.repeats(tiling))
+        repeats = order.repeats(tiling)
+        allowed_bkGts = allowed(tiling, blocks.mask, tile, repeats)
+        allowed_bkGts = also_allowed(tiling, blocks.where, tile, repeats, allowed_bkGts)
         split = jnp.where(order.beside(allowed_bkGts, tiling), split, -jnp.inf)
-    return TileLogits(split.reshape(logits_rs.shape), slope_rs)
+    shape = logits_rs.shape
+    return TileLogits(split.reshape(shape), slope_rs, _of_rows(pull, split.shape, shape))
+
+
+def _of_rows(pull: Any, split: Shape, shape: Shape) -> Any:
+    """`pull`, to and from cotangents of the logits of rows."""
+    if pull is None:
+        return None
+
+    def back(d_logits_rs: Array) -> tuple[Array, dict[str, Array]]:
+        d_before, d_score = pull(d_logits_rs.reshape(split))
+        return d_before.reshape(shape), d_score
+
+    return back
 
 
 def stretch(plan: Plan, blocks: Blocks, tile: Tile) -> tuple[Any, Shape]:
@@ -209,32 +241,3 @@ def tile_dropper(plan: Plan, blocks: Blocks, tile: Tile, order: Order = KEYS_LAS
     keep_bkrs = keep_bnts.reshape(tiling.b, tiling.k, tiling.r, tiling.s)
     keep_rs = order.of_rows_and_keys(keep_bkrs)
     return lambda x_rs: dropout.drop(x_rs, keep_rs, rate)
-
-
-def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise: Any) -> Any:
-    """`compute()`, or `otherwise()` where padding and segments leave nothing of the tile."""
-    if not plan.skips or not blocks.mask.removes_positions:
-        return compute()
-    needed = may_meet(plan.tiling, blocks.mask, tile)
-    return jax.lax.cond(needed, compute, otherwise)
-
-
-def every(steps: int, step: Any, carry: Any) -> Any:
-    """`carry = step(index, carry)` for index = 0, 1, ... steps - 1."""
-    steps = steps if is_known(steps) else as_index(steps)
-    # In x64 the loop counts in 64 bits, however its bounds are given; without jit, in Python ints.
-    body = lambda index, carry: step(jnp.asarray(index, "int32"), carry)  # noqa: E731
-    return jax.lax.fori_loop(0, steps, body, carry)
-
-
-def loop(spans: Any, step: Any, carry: Any) -> Any:
-    """`carry = step(masked, block, carry)` over the blocks of all spans."""
-    for start, stop, masked in spans:
-        body = lambda block, carry, masked=masked: step(  # noqa: E731
-            masked, jnp.asarray(block, "int32"), carry
-        )
-        if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
-            carry = body(np.int32(start), carry)
-        else:
-            carry = jax.lax.fori_loop(start, stop, body, carry)
-    return carry

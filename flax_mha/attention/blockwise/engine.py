@@ -59,10 +59,10 @@ class Blocks:
         fill = lambda part, x: part.fill(plan.tiling, x)  # noqa: E731
         filled = Softmax(*map(fill, parts, softmax))
         d_context, d_row_sum = map(fill, (parts.context_BTNV, parts.row_sum_BNT), cotangents)
-        d_query, d_key, d_value, d_biases = backward(plan, blocks, filled, (d_context, d_row_sum))
+        d_query, d_key, d_value, d_terms = backward(plan, blocks, filled, (d_context, d_row_sum))
         named = dict(query=d_query, key=d_key, value=d_value)
-        biases = dict(bias=d_biases.bias_bnts, distances=d_biases.values_NL)
-        gradients = named | {name: x for name, x in biases.items() if x is not None}
+        terms = dict(bias=d_terms.bias_bnts, distances=d_terms.values_NL) | d_terms.score
+        gradients = named | {name: x for name, x in terms.items() if x is not None}
         parts_of = dict(zip(call.signature.names, call.signature.parts))
         return {name: parts_of[name].trim(x) for name, x in gradients.items()}
 

@@ -17,20 +17,18 @@ from flax_mha.attention.blockwise.call import (
     Blocks,
     Plan,
     drops,
-    every,
-    loop,
     of_keys,
     product,
     put_queries,
     put_rows,
     scaled_queries,
-    tile_biases,
     tile_dropper,
     tile_logits,
-    where_needed,
+    tile_terms,
 )
+from flax_mha.attention.blockwise.loops import every, key_loop, where_needed
 from flax_mha.attention.blockwise.order import order_of
-from flax_mha.attention.blockwise.tiles import Tile, begin, key_spans, slice_at
+from flax_mha.attention.blockwise.tiles import Tile, begin, slice_at
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
 from flax_mha.core.varying import full
@@ -104,7 +102,7 @@ def _query_block(
         add = lambda: _add_tile(plan, blocks, values, query_bkrh, tile, masked, rows)  # noqa: E731
         return where_needed(plan, blocks, tile, add, lambda: rows)
 
-    rows = loop(key_spans(tiling, blocks.mask, b, i), step, _nothing(plan, blocks, values))
+    rows = key_loop(plan, blocks, at, step, _nothing(plan, blocks, values))
     context_bkrv, row_sum_bkr = _divided(plan, values, rows)
     here = Tile(b, k, t, 0)
     return Softmax(
@@ -156,8 +154,10 @@ def _add_tile(
     order = order_of(plan.tiling)
     key_bksh = of_keys(plan.tiling, blocks.key_BSKH, tile)
     value = _of_values(plan, values, tile)
-    biases = tile_biases(plan, blocks, tile)
-    logits_rs, _ = tile_logits(plan, blocks, query_bkrh, key_bksh, biases, tile, masked, order)
+    terms = tile_terms(plan, blocks, tile)
+    logits_rs = tile_logits(
+        plan, blocks, query_bkrh, key_bksh, terms, tile, masked, order
+    ).logits_rs
     row_max_bkr = jnp.maximum(rows.row_max_bkr, logits_rs.max(order.over_keys))
     # -inf - (-inf) would be NaN: a row that has seen no key yet is shifted by a finite number.
     shift_bkr = jnp.maximum(row_max_bkr, jnp.finfo(row_max_bkr.dtype).min)

@@ -4,6 +4,8 @@
     Keys        [B, S, K, F]    of a tile [b, k, s, F]
     Rows        [B, N, T]       of a tile [b, k, r]
     Scores      [b, n, t, s]    of a tile [b, k, G, t, s]; any axis may have size 1
+    Operands    as Scores, of a function of pairs
+    Table       any shape       of a tile all of it
     Distances   [N, L]          of a tile [k G, t + s - 1]
 
 `take` and `add` are transposes of each other; so are `fill`, to whole blocks, and `trim`.
@@ -152,6 +154,27 @@ class Scores(Part):
     def put(self, here: Here, x: Array, part: Array) -> Array:
         start, size = scores_place(here.tiling, x.shape, here.tile)
         return put_at(x, part.reshape(size), start)
+
+
+class Operands(Scores):
+    def fill(self, tiling: Tiling, x: Array) -> Array:
+        """Behind the ends what stands at them: a function might make a NaN of zeros."""
+        more = [(0, after - before) for before, after in zip(x.shape, self.filled(tiling))]
+        return jnp.pad(x, more, mode="edge")
+
+
+class Table(Part):
+    def filled(self, tiling: Tiling) -> Shape:
+        return self.shape
+
+    def tile_shape(self, tiling: Tiling) -> Shape:
+        return self.shape
+
+    def take(self, here: Here, x: Array) -> Array:
+        return x
+
+    def put(self, here: Here, x: Array, part: Array) -> Array:
+        return part
 
 
 class Distances(Part):

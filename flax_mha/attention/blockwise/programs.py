@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.blockwise.call import (
-    TileBiases,
+    TileTerms,
     product,
     scaled,
     tile_dropper,
@@ -130,7 +130,8 @@ class _TileTangent:
     def _logits(self, here: Here, parts: dict[str, Array]) -> Array:
         """Those of the forward pass, which rounded query and key to the compute dtype."""
         query_bkrh, key_bksh = (parts[name].astype(self.dtype) for name in ("query", "key"))
-        biases = TileBiases(parts.get("bias"), parts.get("distances"))
+        score = {name: x for name, x in parts.items() if name.startswith(("operand", "table"))}
+        terms = TileTerms(parts.get("bias"), parts.get("distances"), score)
         query_bkrh = scaled(here.plan, query_bkrh)
-        arguments = (query_bkrh, key_bksh, biases, here.tile, here.masked)
+        arguments = (query_bkrh, key_bksh, terms, here.tile, here.masked)
         return tile_logits(here.plan, here.blocks, *arguments).logits_rs

@@ -1,16 +1,28 @@
 """What is static of a call, and how its arrays stand in the flat list that a program takes."""
 
 import dataclasses
+from string import digits
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flax_mha.attention.allowed import Allowed, blocks_left
 from flax_mha.attention.blockwise.call import Blocks, Plan
-from flax_mha.attention.blockwise.parts import Distances, Keys, Part, Queries, Scores
+from flax_mha.attention.blockwise.parts import (
+    Distances,
+    Keys,
+    Operands,
+    Part,
+    Queries,
+    Scores,
+    Table,
+)
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
 from flax_mha.attention.contract import Options
 from flax_mha.attention.distance import DistanceBias
+from flax_mha.core.pairs.blocks import Grid
+from flax_mha.core.pairs.separated import Separated
 from flax_mha.core.platform import Place
 from flax_mha.core.typing import Array
 from flax_mha.masks import Mask
@@ -21,6 +33,8 @@ KINDS: dict[str, Any] = {
     "value": Keys,
     "bias": Scores,
     "distances": Distances,
+    "operand": Operands,  # of a score function, numbered
+    "table": Table,
 }
 
 
@@ -34,6 +48,8 @@ class Facts:
     dropout_word_2: Array | None
     dropout_start_4: Array | None
     first_distance: int = dataclasses.field(metadata={"static": True})
+    where: tuple[Allowed, ...] = ()
+    score: Separated | None = None  # without its floats, which have a derivative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +63,7 @@ class Signature:
 
     @classmethod
     def of(cls, options: Options, facts: Facts, arrays: dict[str, Array]) -> Any:
-        parts = tuple(KINDS[name].of(x) for name, x in arrays.items())
+        parts = tuple(KINDS[name.rstrip(digits)].of(x) for name, x in arrays.items())
         return cls(options, jax.tree.structure(facts), tuple(arrays), parts)
 
     @property
@@ -69,11 +85,13 @@ class Signature:
         plan = Plan(tiling, self.options, skips=place.devices == 1)
         fill = {name: part.fill for name, part in zip(self.names, self.parts)}
         named = {name: fill[name](plan.tiling, x) for name, x in named.items()}
-        facts = dataclasses.replace(facts, mask=_filled_mask(facts.mask, plan))
-        return plan, _blocks(facts, named)
+        grid = Grid(tiling.T, tiling.S, tiling.t, tiling.s)
+        left = blocks_left(facts.where, grid) if plan.skips else None
+        facts = _filled(facts, plan)
+        return plan, _blocks(facts, named, None if left is None else left.some)
 
 
-def _blocks(facts: Facts, named: dict[str, Array]) -> Blocks:
+def _blocks(facts: Facts, named: dict[str, Array], needed: Array | None = None) -> Blocks:
     bias = None
     if "distances" in named:
         bias = DistanceBias(named["distances"], facts.distance_offset, facts.first_distance)
@@ -86,6 +104,26 @@ def _blocks(facts: Facts, named: dict[str, Array]) -> Blocks:
         facts.mask,
         facts.dropout_word_2,
         facts.dropout_start_4,
+        facts.where,
+        None if facts.score is None else facts.score.with_moving(named),
+        needed,
+    )
+
+
+def _filled(facts: Facts, plan: Plan) -> Facts:
+    """The facts up to whole blocks; the score's floats are parts, and filled as these."""
+
+    def fill(x: Any) -> Any:
+        return None if x is None else Operands.of(x).fill(plan.tiling, x)
+
+    def operands(pairs: Separated) -> Separated:
+        return dataclasses.replace(pairs, operands=tuple(map(fill, pairs.operands)))
+
+    return dataclasses.replace(
+        facts,
+        mask=_filled_mask(facts.mask, plan),
+        where=tuple(dataclasses.replace(one, pairs=operands(one.pairs)) for one in facts.where),
+        score=None if facts.score is None else operands(facts.score),
     )
 
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import jax
 
-from flax_mha.attention.blockwise.call import every, loop, where_needed
+from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
 from flax_mha.attention.blockwise.parts import Here, Part
 from flax_mha.attention.blockwise.signature import Signature
-from flax_mha.attention.blockwise.tiles import Tile, begin, query_spans
+from flax_mha.attention.blockwise.tiles import Tile, begin
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.platform import Place
 from flax_mha.core.program import Program
@@ -121,7 +121,7 @@ class TileSum(Program):
             step = lambda masked, i, sums: add(  # noqa: E731
                 Tile(b, k, i * tiling.t, j * tiling.s), masked, sums
             )
-            return loop(query_spans(tiling, blocks.mask, b, j), step, sums)
+            return query_loop(plan, blocks, (b, k, j), step, sums)
 
         zeros = [full(blocks.query_BTNH, p.filled(tiling), 0, wide) for p in self.outputs]
         sums = every(tiling.lanes * tiling.key_blocks, key_block, zeros)

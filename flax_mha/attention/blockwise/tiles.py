@@ -89,8 +89,11 @@ def begin(tiling: Tiling, index: Array, blocks: int) -> tuple[Array, Array, Arra
     return first, lax.rem(lane, heads) * tiling.k, block
 
 
-def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array) -> list[Span]:
-    """The key blocks that query block i may attend to: in part, wholly, in part."""
+def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array, masked: bool = False) -> list[Span]:
+    """The key blocks that query block i may attend to: in part, wholly, in part.
+
+    Where the mask does not say it all, every tile is `masked`.
+    """
     left, right = mask.band
     lowest, highest = _offset_range(tiling, mask, b)
     first = i * tiling.t + lowest
@@ -100,7 +103,7 @@ def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array) -> list[Span]:
         behind = first - left >= as_index(tiling.S)
         start = jnp.where(behind, as_index(tiling.key_blocks), (first - left) // tiling.s)
     return _spans(
-        mask,
+        masked or not is_band(mask),
         start=start,
         whole_start=None if left is None else -((left - last) // tiling.s),
         whole_stop=_minimum(
@@ -112,7 +115,7 @@ def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array) -> list[Span]:
     )
 
 
-def query_spans(tiling: Tiling, mask: Mask, b: Array, j: Array) -> list[Span]:
+def query_spans(tiling: Tiling, mask: Mask, b: Array, j: Array, masked: bool = False) -> list[Span]:
     """The query blocks that may attend to key block j: in part, wholly, in part."""
     left, right = mask.band
     lowest, highest = _offset_range(tiling, mask, b)
@@ -124,7 +127,7 @@ def query_spans(tiling: Tiling, mask: Mask, b: Array, j: Array) -> list[Span]:
         banded = 0 if whole_start is None else whole_start
         whole_start = jnp.where(is_last, as_index(tiling.query_blocks), banded)
     return _spans(
-        mask,
+        masked or not is_band(mask),
         start=None if right is None else (first - right) // tiling.t,
         whole_start=whole_start,
         whole_stop=None if left is None else (first + left + 1) // tiling.t,
@@ -134,16 +137,16 @@ def query_spans(tiling: Tiling, mask: Mask, b: Array, j: Array) -> list[Span]:
 
 
 def _spans(
-    mask: Mask, *, start: Any, whole_start: Any, whole_stop: Any, stop: Any, blocks: int
+    masked: bool, *, start: Any, whole_start: Any, whole_stop: Any, stop: Any, blocks: int
 ) -> list[Span]:
     """Blocks in part, whole blocks, blocks in part; None = no bound on this side."""
     unbounded = whole_start is None and whole_stop is None
     if blocks == 1:  # no loop: one that may run no step costs more than the step
-        return [Span(0, 1, masked=not (unbounded and is_band(mask)))]
+        return [Span(0, 1, masked=masked or not unbounded)]
     blocks = blocks if is_known(blocks) else as_index(blocks)
     first = 0 if start is None else jnp.clip(start, 0, blocks)
     end = blocks if stop is None else jnp.clip(stop, first, blocks)
-    if not is_band(mask):
+    if masked:
         return [Span(first, end, masked=True)]
     middle = first if whole_start is None else jnp.clip(whole_start, first, end)
     middle_end = end if whole_stop is None else jnp.clip(whole_stop, middle, end)

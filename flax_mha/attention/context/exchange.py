@@ -15,6 +15,7 @@ import jax
 
 from flax_mha.attention.context.axis import Devices
 from flax_mha.attention.context.gather import as_stored
+from flax_mha.attention.context.over_pairs import over_pairs
 from flax_mha.attention.context.shard import aligned, placed
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.implementations import chosen, run
@@ -55,15 +56,14 @@ def call_of(devices: Devices, inputs: Inputs) -> Inputs:
     if bias is not None:
         bias = dataclasses.replace(bias, values=_heads(devices, bias.values))
     whole = dataclasses.replace(
-        inputs,
+        _over_pairs(devices, inputs),
         query_BTNH=to_heads(inputs.query_BTNH),
         key_BSKH=to_heads(inputs.key_BSKH),
         value_BSKV=to_heads(inputs.value_BSKV),
-        mask=_mask(devices, inputs.mask),
-        bias_bnts=_scores(devices, inputs.bias_bnts),
         distance_bias=bias,
         sinks_N=_heads(devices, inputs.sinks_N),
     )
+    whole = dataclasses.replace(whole, mask=_mask(devices, whole.mask))
     return placed(whole, 0, 0, n=devices.index() * (N // devices.n))
 
 
@@ -93,18 +93,27 @@ def _mask(devices: Devices, mask: Mask) -> Mask:
         query_padding=gather(mask.query_padding),
         key_padding=gather(mask.key_padding),
         segment_ids=tuple((all_of(query), all_of(key)) for query, key in mask.segment_ids),
-        dense_masks=tuple(_scores(devices, x) for x in mask.dense_masks),
     )
 
 
-def _scores(devices: Devices, x: Array | None) -> Any:
-    """Of a bias or a dense mask: all rows, of the device's heads where they have their own."""
-    if x is None:
-        return None
+def _over_pairs(devices: Devices, inputs: Inputs) -> Inputs:
+    """The call whose arrays over pairs are those of the device's heads; so are a mask's blocks."""
+    heads = lambda x: x if x.shape[1] == 1 else _heads(devices, x, axis=1)  # noqa: E731
+    blocks = (jax.tree.map(heads, one.blocks) for one in inputs.where)
+    T = inputs.query_BTNH.shape[1]
+    inputs = over_pairs(inputs, lambda x: _scores(devices, x, T))
+    where = tuple(dataclasses.replace(one, blocks=x) for one, x in zip(inputs.where, blocks))
+    return dataclasses.replace(inputs, where=where)
+
+
+def _scores(devices: Devices, x: Array, T: int) -> Array:
+    """Of an array over pairs, of a device's T rows or one for all: all rows, of its heads."""
     if x.shape[3] > 1:
         x = devices.in_order(x, 3)
-    if x.shape[1] > 1 and x.shape[2] > 1:
+    own = x.shape[1] > 1
+    rows = x.shape[2] == T  # where a device has one row, one for all is gathered like it
+    if own and rows:
         return _to_heads(devices, x, 2, 1)
-    if x.shape[1] > 1:
+    if own:
         return _heads(devices, x, axis=1)
-    return devices.gather(x, 2) if x.shape[2] > 1 else x
+    return devices.gather(x, 2) if rows else x

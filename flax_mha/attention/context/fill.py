@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_mha.attention.context.axis import ContextAxis
+from flax_mha.attention.context.over_pairs import over_operands
 from flax_mha.attention.contract import Inputs, Output, Residuals
 from flax_mha.core import checks
 from flax_mha.core.sizes import is_known
@@ -31,7 +32,7 @@ def filled(inputs: Inputs, axis: ContextAxis, n: int) -> Inputs:
         return inputs
     keys = lambda x: _behind(x, 1, s)  # noqa: E731
     return dataclasses.replace(
-        inputs,
+        over_operands(inputs, lambda x: _scores(x, t, s, mode="edge")),
         query_BTNH=_behind(inputs.query_BTNH, 1, t),
         key_BSKH=keys(inputs.key_BSKH),
         value_BSKV=keys(inputs.value_BSKV),
@@ -63,14 +64,18 @@ def _mask(mask: Mask, S: int, t: int, s: int) -> Mask:
     )
 
 
-def _scores(x: Array | None, t: int, s: int) -> Any:
-    """Rows and columns, where there is more than one for all."""
+def _scores(x: Array | None, t: int, s: int, mode: str = "constant") -> Any:
+    """Rows and columns, where there is more than one for all.
+
+    Behind the end of an operand stands what stands at its end: of zeros a score may make NaN.
+    """
     if x is None:
         return None
-    return _behind(_behind(x, 2, t if x.shape[2] > 1 else 0), 3, s if x.shape[3] > 1 else 0)
+    rows = _behind(x, 2, t if x.shape[2] > 1 else 0, mode)
+    return _behind(rows, 3, s if x.shape[3] > 1 else 0, mode)
 
 
-def _behind(x: Array | None, axis: int, more: int) -> Any:
+def _behind(x: Array | None, axis: int, more: int, mode: str = "constant") -> Any:
     if x is None or more == 0:
         return x
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)], mode=mode)

@@ -5,18 +5,16 @@ that it has. Memory O(S) a device; the gradient of a gathered array is summed ba
 from.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.context.axis import Devices
+from flax_mha.attention.context.over_pairs import over_pairs
 from flax_mha.attention.context.shard import Keys, aligned, of_queries, placed, with_keys
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals
 from flax_mha.attention.implementations import chosen, run
-from flax_mha.core.typing import Array
 
 
 def unsupported(
@@ -53,14 +51,7 @@ def with_all_keys(devices: Devices, inputs: Inputs) -> Inputs:
     """The call of these queries and all keys, in the sequence's order."""
     gather = functools.partial(devices.gather, axis=1)
     inputs = with_keys(inputs, jax.tree.map(gather, Keys.of(inputs)))
-    columns = lambda x: _columns_in_order(devices, x)  # noqa: E731
-    dense_masks = tuple(map(columns, inputs.mask.dense_masks))
-    mask = dataclasses.replace(inputs.mask, dense_masks=dense_masks)
-    return dataclasses.replace(inputs, mask=mask, bias_bnts=columns(inputs.bias_bnts))
-
-
-def _columns_in_order(devices: Devices, x: Array | None) -> Any:
-    return x if x is None or x.shape[3] == 1 else devices.in_order(x, 3)
+    return over_pairs(inputs, lambda x: x if x.shape[3] == 1 else devices.in_order(x, 3))
 
 
 def joined(outputs: list[Output]) -> Output:

@@ -63,6 +63,7 @@ class Moving(NamedTuple):
     value: Any
     bias: Array | None
     distances: Array | None
+    score: dict[str, Array]  # the floats of the score function, by their names
 
 
 def pairs(devices: Devices, inputs: Inputs, source: Array) -> list[list[Inputs]]:
@@ -117,14 +118,17 @@ def piece_of(softmax: Softmax, i: int, size: int) -> Softmax:
 def moving_of(inputs: Inputs) -> Moving:
     bias = inputs.distance_bias
     heads = (inputs.query_BTNH, inputs.key_BSKH, inputs.value_BSKV)
-    return Moving(*heads, inputs.bias_bnts, None if bias is None else bias.values)
+    distances = None if bias is None else bias.values
+    floats = {} if inputs.score is None else inputs.score.moving
+    return Moving(*heads, inputs.bias_bnts, distances, floats)
 
 
 def with_moving(inputs: Inputs, moving: Moving) -> Inputs:
     bias = inputs.distance_bias
     if bias is not None and moving.distances is not None:
         bias = dataclasses.replace(bias, values=moving.distances)
-    query, key, value, bias_bnts, _ = moving
+    query, key, value, bias_bnts, _, floats = moving
+    score = None if inputs.score is None else inputs.score.with_moving(floats)
     return dataclasses.replace(
         inputs,
         query_BTNH=query,
@@ -132,6 +136,7 @@ def with_moving(inputs: Inputs, moving: Moving) -> Inputs:
         value_BSKV=value,
         bias_bnts=bias_bnts,
         distance_bias=bias,
+        score=score,
     )
 
 
@@ -139,9 +144,19 @@ def as_inputs(inputs: Inputs, gradient: Moving) -> Inputs:
     """The cotangents in the place of the arrays; None for what has none."""
     cast = lambda x, d: d.astype(x.dtype)  # noqa: E731
     gradient = jax.tree.map(cast, moving_of(inputs), gradient)
-    bias = inputs.distance_bias
+    none: Any = None
+    bias, score = inputs.distance_bias, inputs.score
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=None)
-    none: Any = None
-    empty = Inputs(query_BTNH=none, key_BSKH=none, value_BSKV=none, mask=none, distance_bias=bias)
+    if score is not None:
+        score = jax.tree.map(lambda _: None, score)
+    empty = Inputs(
+        query_BTNH=none,
+        key_BSKH=none,
+        value_BSKV=none,
+        mask=none,
+        where=none,
+        distance_bias=bias,
+        score=score,
+    )
     return with_moving(empty, gradient)

@@ -1,8 +1,8 @@
 """What a device has of a call, and the call between some of its queries and some of the keys.
 
-A device's `Inputs` hold its queries, its keys, and of biases and dense masks the rows of its
-queries with all keys as they are stored, device by device. Offsets say where in the sequence the
-first query stands from the first key, so a mask needs nothing else to know.
+A device's `Inputs` hold its queries, its keys, and of the arrays over pairs (`over_pairs`) the rows
+of its queries with all keys as they are stored, device by device. Offsets say where in the sequence
+the first query stands from the first key, so a mask needs nothing else to know.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.context.axis import Devices
+from flax_mha.attention.context.over_pairs import over_pairs
 from flax_mha.attention.contract import Inputs, Options
 from flax_mha.attention.dropout import GROUP
 from flax_mha.core.typing import Array
@@ -51,27 +52,18 @@ def with_keys(inputs: Inputs, keys: Keys) -> Inputs:
 def of_queries(inputs: Inputs, start: int, length: int) -> Inputs:
     """The call of these queries alone."""
     rows = lambda x, axis: _rows(x, start, length, axis)  # noqa: E731
+    inputs = over_pairs(inputs, lambda x: rows(x, 2))
     mask = dataclasses.replace(
         inputs.mask,
         query_padding=rows(inputs.mask.query_padding, 1),
         segment_ids=tuple((rows(query, 1), key) for query, key in inputs.mask.segment_ids),
-        dense_masks=tuple(rows(x, 2) for x in inputs.mask.dense_masks),
     )
-    return dataclasses.replace(
-        inputs,
-        query_BTNH=rows(inputs.query_BTNH, 1),
-        mask=mask,
-        bias_bnts=rows(inputs.bias_bnts, 2),
-    )
+    return dataclasses.replace(inputs, query_BTNH=rows(inputs.query_BTNH, 1), mask=mask)
 
 
 def of_columns(inputs: Inputs, start: Array, length: int) -> Inputs:
-    """The call whose biases and dense masks are those of `length` stored keys from `start` on."""
-    columns = lambda x: _columns(x, start, length)  # noqa: E731
-    mask = dataclasses.replace(
-        inputs.mask, dense_masks=tuple(columns(x) for x in inputs.mask.dense_masks)
-    )
-    return dataclasses.replace(inputs, mask=mask, bias_bnts=columns(inputs.bias_bnts))
+    """The call whose arrays over pairs are those of `length` stored keys from `start` on."""
+    return over_pairs(inputs, lambda x: _columns(x, start, length))
 
 
 def placed(inputs: Inputs, t: Any, s: Any, n: Any = 0) -> Inputs:
@@ -106,7 +98,7 @@ def _rows(x: Array | None, start: int, length: int, axis: int) -> Any:
     return jax.lax.slice_in_dim(x, start, start + length, axis=axis)
 
 
-def _columns(x: Array | None, start: Array, length: int) -> Any:
-    if x is None or x.shape[3] == 1:
+def _columns(x: Array, start: Array, length: int) -> Array:
+    if x.shape[3] == 1:
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, length, axis=3)

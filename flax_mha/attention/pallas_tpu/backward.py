@@ -1,7 +1,7 @@
 """Backward kernel: a key block meets its query blocks; all three gradients in one pass.
 
     exp = e^(logits - row_max)          d_context, delta: already divided by row_sum
-    d_logits = exp (drop(d_context . value^T) - delta)       d_product = cap' d_logits
+    d_logits = score' exp (drop(d_context . value^T) - delta)       d_product = cap' d_logits
     d_query = scale d_product . key     d_key = d_product^T . scale query
     d_value = drop(exp)^T . d_context
 
@@ -20,24 +20,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from flax_mha.attention.pallas_tpu.lanes import as_column, wide
 from flax_mha.attention.pallas_tpu.launch import launch
-from flax_mha.attention.pallas_tpu.operands import SCALARS, At, of_example
+from flax_mha.attention.pallas_tpu.operands import SCALARS, At, scalars_of
+from flax_mha.attention.pallas_tpu.pair_tile import score_and_slope, through
+from flax_mha.attention.pallas_tpu.part import Here, parts
 from flax_mha.attention.pallas_tpu.plan import LANES, Plan
-from flax_mha.attention.pallas_tpu.spans import NUMBERS
 from flax_mha.attention.pallas_tpu.tile import (
     COLUMNS_BY_COLUMNS,
     ROWS_BY_COLUMNS,
     ROWS_BY_ROWS,
-    Here,
     allowed,
-    as_column,
     dot,
     dropped,
     keeps,
     logits,
-    parts,
-    wide,
 )
+from flax_mha.attention.pallas_tpu.visits import by_keys, most, with_visits
+from flax_mha.attention.pallas_tpu.walk import query_walk
 from flax_mha.core.typing import Array
 
 BYTES_A_TURN = 32 << 20  # of d_query in VMEM, where an output has two blocks
@@ -85,6 +85,9 @@ def _turn_of(
 ) -> list[Array]:
     """The gradients of one turn's queries, those of query head g and block i on."""
     first = jnp.asarray([[g, i]], "int32")
+    visits = functools.partial(by_keys, plan, first=i, blocks=blocks)
+    plan, operands = with_visits(plan, operands, visits)
+    listed = "visits" in operands
     steps = min(blocks, plan.query_steps)
     rows = (plan.B, plan.K, heads, blocks * plan.t, plan.H)
     types = {"d_query": rows, "d_key": (plan.B, plan.K, plan.S, plan.H)}
@@ -95,7 +98,7 @@ def _turn_of(
     keys = lambda b, k, j, *_: (b, k, j, 0)  # noqa: E731
     return launch(
         plan,
-        functools.partial(_kernel, heads=heads, blocks=blocks, steps=steps),
+        functools.partial(_kernel, heads=heads, blocks=blocks, steps=None if listed else steps),
         name="flax_mha_backward",
         operands={**operands, "turn": first},
         outputs={n: jax.ShapeDtypeStruct(x, "float32") for n, x in types.items()},
@@ -104,7 +107,10 @@ def _turn_of(
             "d_key": pl.BlockSpec((None, None, plan.s, plan.H), keys),
             "d_value": pl.BlockSpec((None, None, plan.s, plan.V), keys),
         },
-        grid=(plan.B, plan.K, plan.key_blocks, heads, steps),
+        grid=(
+            *(plan.B, plan.K, plan.key_blocks, heads),
+            most(operands["visits"], plan.key_blocks) if listed else steps,
+        ),
         sequential=3,
         at=functools.partial(_at, plan, blocks=blocks),
         scratch={
@@ -115,34 +121,20 @@ def _turn_of(
 
 
 def _at(plan: Plan, b: Any, k: Any, j: Any, g: Any, step: Any, *scalars: Any, blocks: int) -> At:
-    """The tile of a step; where nothing is left to visit, the last block, not fetched anew."""
     turn = scalars[SCALARS.index("turn")]
-    start, _, _, stop = _span(plan, scalars, b, j, turn[1], blocks)
-    last = jnp.maximum(jnp.minimum(stop, plan.query_blocks) - 1, 0)
-    return At(b, k, turn[0] + g, jnp.clip(start + step, 0, last), j)
+    walk = query_walk(plan, scalars, b, j, step, turn[1], blocks)
+    last = walk.last
+    return At(b, k, turn[0] + g, walk.up_to(last), j)
 
 
-def _span(plan: Plan, scalars: Any, b: Any, j: Any, first: Any, blocks: int) -> list[Any]:
-    """The query blocks of this turn that meet key block j."""
-    spans = scalars[SCALARS.index("spans")]
-    place = of_example(plan, "spans", b) * plan.shape("spans")[1] + j * NUMBERS
-    start, whole_start, whole_stop, stop = (spans[place + n] for n in range(NUMBERS))
-    return [
-        jnp.maximum(start, first),
-        whole_start,
-        whole_stop,
-        jnp.minimum(stop, first + blocks),
-    ]
-
-
-def _kernel(plan: Plan, refs: dict[str, Any], heads: int, blocks: int, steps: int) -> None:
+def _kernel(plan: Plan, refs: dict[str, Any], heads: int, blocks: int, steps: int | None) -> None:
     b, k, j, g, step = (pl.program_id(axis) for axis in range(5))
     first = refs["turn"][1]
-    scalars = [refs[n] for n in SCALARS]
-    start, whole_start, whole_stop, stop = _span(plan, scalars, b, j, first, blocks)
-    i = start + step
+    walk = query_walk(plan, [refs[n] for n in scalars_of(plan.names)], b, j, step, first, blocks)
+    i = walk.block
     at = At(b, k, refs["turn"][0] + g, i, j)
-    is_first, is_last = (g == 0) & (step == 0), (g == heads - 1) & (step == steps - 1)
+    last_step = (pl.num_programs(4) if steps is None else steps) - 1
+    is_first, is_last = (g == 0) & (step == 0), (g == heads - 1) & (step == last_step)
 
     @pl.when(is_first & (j == 0))
     def _() -> None:
@@ -153,7 +145,7 @@ def _kernel(plan: Plan, refs: dict[str, Any], heads: int, blocks: int, steps: in
         refs["d_key_hs"][...] = jnp.zeros_like(refs["d_key_hs"])
         refs["d_value_vs"][...] = jnp.zeros_like(refs["d_value_vs"])
 
-    visited, whole = i < stop, (i >= whole_start) & (i < whole_stop)
+    visited, whole = walk.is_visited, walk.is_whole
     add = functools.partial(_add_tile, plan, refs, at, g, (i - first) * plan.t)
     pl.when(visited & whole)(functools.partial(add, masked=False))
     if plan.is_masked:
@@ -193,14 +185,20 @@ def _add_part(here: Here, d_product: Array, kept: Array, *, g: Any, row: Any) ->
     refs["d_value_vs"][:, columns] = refs["d_value_vs"][:, columns] + d_value_vs
 
 
-def d_logits(here: Here, masked: bool) -> tuple[Array, Array, Array]:
-    """d_logits in float32; d_product and the kept exp in the compute dtype, for products."""
+def d_logits(here: Here, masked: bool, of: str | None = None) -> tuple[Array, Array, Array]:
+    """d_logits in float32; d_product and the kept exp in the compute dtype, for products.
+
+    With a score d_logits are those before it; or, `of` an operand of it, the part's share of that
+    one's gradient.
+    """
     plan, refs, rows, columns = here.plan, here.refs, here.rows, here.columns
     size = here.part.columns
     query, key, value = refs["query"][rows], refs["key"][columns], refs["value"][columns]
     logits_ts, slope = logits(here, query, key)
     if plan.late != 1:
         logits_ts = logits_ts * plan.late
+    if plan.score is not None:
+        logits_ts, steep = score_and_slope(here, logits_ts, of)
     if masked:
         logits_ts = jnp.where(allowed(here), logits_ts, -jnp.inf)
     exp_ts = jnp.exp(logits_ts - wide(as_column(refs["row_max"][:, rows]), size))
@@ -208,5 +206,7 @@ def d_logits(here: Here, masked: bool) -> tuple[Array, Array, Array]:
     kept = keeps(here) if plan.rate > 0 else None
     delta = wide(as_column(refs["delta"][:, rows]), size)
     d_logits_ts = exp_ts * (dropped(d_exp, kept) - delta)
+    if plan.score is not None:
+        d_logits_ts = through(d_logits_ts, steep)
     d_product = d_logits_ts if slope is None else d_logits_ts * slope
     return d_logits_ts, d_product.astype(key.dtype), dropped(exp_ts, kept).astype(value.dtype)

@@ -1,56 +1,89 @@
 """Backward kernel of biases: d_logits summed over the axes in which a bias has size 1.
 
+So is the gradient of an operand of a score function, that is d_logits times the score's slope.
 A dense bias: the grid's outer axes are those that the bias has, the inner ones are summed over. A
 bias of distances: its outer axes are the tiles' diagonals, and a diagonal's tiles are added rows of
 128 queries by rows, each 128 entries further on, so that they stand as the operand does.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from flax_mha.attention.pallas_tpu.backward import d_logits
-from flax_mha.attention.pallas_tpu.forward import key_span
+from flax_mha.attention.pallas_tpu.lanes import as_row
 from flax_mha.attention.pallas_tpu.launch import launch
-from flax_mha.attention.pallas_tpu.operands import SCALARS, STRETCHES, At
+from flax_mha.attention.pallas_tpu.operands import STRETCHES, At, axes_of, kind_of, scalars_of, spec
+from flax_mha.attention.pallas_tpu.part import Here, parts
 from flax_mha.attention.pallas_tpu.plan import LANES, Plan
-from flax_mha.attention.pallas_tpu.tile import Here, parts
-from flax_mha.core.typing import Array
+from flax_mha.attention.pallas_tpu.visits import nearest, with_visits
+from flax_mha.attention.pallas_tpu.walk import tile_walk
+from flax_mha.core.typing import Array, Shape
 
 LETTERS = "BKGTS"  # the axes of a grid over all tiles
+GRID = len(LETTERS)
+Kernel = Callable[[Plan, dict[str, Array]], Array]
 
 
 def bias_sums(plan: Plan, operands: dict[str, Array]) -> Array:
     """d_bias `[b, k, g, t, s]`, in float32; a bias over T and S has whole tiles."""
-    shape = plan.shape("bias")
+    return _sums(plan, operands, "flax_mha_bias", "d_bias", plan.shape("bias"), Added(_add_dense))
+
+
+def operand_sums(name: str) -> Kernel:
+    """The kernel of a score's operand: of a row `[b, k, g, 1, T]`, of a number `[.., 1, 1]`."""
+
+    def sums(plan: Plan, operands: dict[str, Array]) -> Array:
+        kind, shape = kind_of(name), plan.shape(name)
+        if kind == "number":
+            shape = (shape[0], *((1, 1) if shape[1] == 1 else (plan.K, plan.G)), 1, 1)
+        add = _add_row if kind == "row" else _add_dense
+        return _sums(plan, operands, "flax_mha_score", f"d_{kind}", shape, Added(add, name))
+
+    return sums
+
+
+class Added(NamedTuple):
+    """How a part is added; `of` = an operand of the score, if it is one's gradient."""
+
+    add: Any
+    of: str | None = None
+
+
+def _sums(
+    plan: Plan, operands: dict[str, Array], name: str, output: str, shape: Shape, added: Added
+) -> Array:
+    plan, operands = with_visits(plan, operands, functools.partial(nearest, plan))
     sizes = dict(zip(LETTERS, (plan.B, plan.K, plan.G, plan.query_blocks, plan.key_blocks)))
-    outer = [axis for axis, size in zip(LETTERS, shape) if size > 1]
+    outer = [axis for axis, size in zip(axes_of(output), shape) if size > 1]
     inner = [axis for axis in LETTERS if axis not in outer]
 
     def at(*ids: Any) -> At:
         place = dict(zip(outer + inner, ids))
         return At(*(place[axis] for axis in LETTERS))
 
-    (d_bias,) = launch(
+    (sums,) = launch(
         plan,
-        functools.partial(_kernel, at=at, inner=len(inner), add=_add_dense),
-        name="flax_mha_bias",
+        functools.partial(_kernel, at=at, inner=len(inner), added=added),
+        name=name,
         operands=operands,
-        outputs={"d_bias": jax.ShapeDtypeStruct(shape, "float32")},
+        outputs={"sums": jax.ShapeDtypeStruct(shape, "float32")},
+        output_specs={"sums": spec(plan, output, shape, at)},
         grid=tuple(sizes[axis] for axis in outer + inner),
         sequential=len(inner),
         at=functools.partial(_fetched, plan, at),
-        output_at=at,
         scratch={},
     )
-    return d_bias
+    return sums
 
 
 def distance_sums(plan: Plan, operands: dict[str, Array]) -> Array:
     """d_distances `[b, K, G, 128, T + S]`, in float32."""
+    plan, operands = with_visits(plan, operands, functools.partial(nearest, plan))
     b, K, G, _, size = plan.shape("distances")
     Q, J = plan.query_blocks, plan.key_blocks
     diagonals = Q + J - 1
@@ -71,11 +104,11 @@ def distance_sums(plan: Plan, operands: dict[str, Array]) -> Array:
     inner = len(order) - order.index("D") - 1
     (windows,) = launch(
         plan,
-        functools.partial(_kernel, at=at, inner=inner, add=_add_diagonal),
+        functools.partial(_kernel, at=at, inner=inner, added=Added(_add_diagonal)),
         name="flax_mha_distances",
         operands=operands,
-        outputs={"d_bias": jax.ShapeDtypeStruct((b, K, G, diagonals, LANES, stretch), "float32")},
-        output_specs={"d_bias": pl.BlockSpec((None, None, None, None, LANES, stretch), output)},
+        outputs={"sums": jax.ShapeDtypeStruct((b, K, G, diagonals, LANES, stretch), "float32")},
+        output_specs={"sums": pl.BlockSpec((None, None, None, None, LANES, stretch), output)},
         grid=tuple(sizes[axis] for axis in order),
         sequential=inner,
         at=functools.partial(_fetched, plan, at),
@@ -90,49 +123,51 @@ def distance_sums(plan: Plan, operands: dict[str, Array]) -> Array:
 
 def _fetched(plan: Plan, at: Any, *ids: Any) -> At:
     """The tile, or the nearest one that is visited: a block that stands still is not fetched."""
-    ids, scalars = ids[: -len(SCALARS)], ids[-len(SCALARS) :]
+    ids, scalars = ids[:GRID], ids[GRID:]
     tile = at(*ids)
-    start, _, _, stop = key_span(plan, scalars, tile.b, tile.i)
-    return tile._replace(j=jnp.clip(tile.j, start, jnp.maximum(stop - 1, start)))
+    return tile._replace(j=tile_walk(plan, scalars, tile).fetched)
 
 
-def _kernel(plan: Plan, refs: dict[str, Any], at: Any, inner: int, add: Any) -> None:
-    grid = 5
-    ids = [pl.program_id(axis) for axis in range(grid)]
+def _kernel(plan: Plan, refs: dict[str, Any], at: Any, inner: int, added: Added) -> None:
+    ids = [pl.program_id(axis) for axis in range(GRID)]
     tile = at(*ids)
-    start, whole_start, whole_stop, stop = key_span(
-        plan, [refs[n] for n in SCALARS], tile.b, tile.i
-    )
+    walk = tile_walk(plan, [refs[n] for n in scalars_of(plan.names)], tile)
     is_first = functools.reduce(
-        lambda a, b: a & b, [x == 0 for x in ids[grid - inner :]], jnp.bool_(True)
+        lambda a, b: a & b, [x == 0 for x in ids[GRID - inner :]], jnp.bool_(True)
     )
 
     @pl.when(is_first)
     def _() -> None:
-        refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
+        refs["sums"][...] = jnp.zeros_like(refs["sums"])
 
-    visited = (tile.j >= start) & (tile.j < stop)
-    whole = (tile.j >= whole_start) & (tile.j < whole_stop)
-    pl.when(visited & whole)(functools.partial(_add_tile, plan, refs, tile, add, masked=False))
+    visited, whole = walk.is_visited, walk.is_whole
+    pl.when(visited & whole)(functools.partial(_add_tile, plan, refs, tile, added, masked=False))
     if plan.is_masked:
-        pl.when(visited & ~whole)(functools.partial(_add_tile, plan, refs, tile, add, masked=True))
+        pl.when(visited & ~whole)(
+            functools.partial(_add_tile, plan, refs, tile, added, masked=True)
+        )
 
 
-def _add_tile(plan: Plan, refs: dict[str, Any], at: At, add: Any, masked: bool) -> None:
+def _add_tile(plan: Plan, refs: dict[str, Any], at: At, added: Added, masked: bool) -> None:
     for here in parts(plan, refs, at, plan.backward_part):
-        add(here, d_logits(here, masked)[0])
+        added.add(here, d_logits(here, masked, added.of)[0])
 
 
 def _add_dense(here: Here, d_logits_ts: Array) -> None:
-    ref = here.refs["d_bias"]
+    ref = here.refs["sums"]
     summed = tuple(axis for axis in range(2) if ref.shape[axis] == 1)
     rows = here.rows if ref.shape[0] > 1 else slice(None)
     columns = here.columns if ref.shape[1] > 1 else slice(None)
     ref[rows, columns] = ref[rows, columns] + d_logits_ts.sum(summed, keepdims=True)
 
 
+def _add_row(here: Here, d_logits_ts: Array) -> None:
+    ref = here.refs["sums"]
+    ref[:, here.rows] = ref[:, here.rows] + as_row(d_logits_ts.sum(1, keepdims=True))
+
+
 def _add_diagonal(here: Here, d_logits_ts: Array) -> None:
-    ref, size = here.refs["d_bias"], here.part.columns
+    ref, size = here.refs["sums"], here.part.columns
     for row in range(0, here.part.rows, LANES):
         first = here.plan.t - here.row + here.column - row
         place = slice(first, first + size)

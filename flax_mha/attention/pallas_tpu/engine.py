@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from flax_mha.attention.blockwise.engine import Call, Cotangents, Gradients
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.pallas_tpu.backward import backward
-from flax_mha.attention.pallas_tpu.bias_sums import bias_sums, distance_sums
+from flax_mha.attention.pallas_tpu.bias_sums import bias_sums, distance_sums, operand_sums
 from flax_mha.attention.pallas_tpu.examples import joins_examples
 from flax_mha.attention.pallas_tpu.forward import forward
+from flax_mha.attention.pallas_tpu.plan import Plan
 from flax_mha.attention.pallas_tpu.prepare import Prepared, prepare, skewed, with_spans
 from flax_mha.attention.pallas_tpu.spans import key_spans, query_spans
 from flax_mha.core import checks
+from flax_mha.core.pairs.separated import Separated
 from flax_mha.core.platform import Place
 from flax_mha.core.typing import Array
 
@@ -100,4 +102,18 @@ def _of_biases(made: Prepared, operands: dict[str, Array], call: Call) -> Gradie
         )
         sums = joins_examples(distance_sums, summed=("distances",))(plan, arrays)
         (gradients["distances"],) = jax.vjp(of_values, bias.values)[1](sums)
+    score = call.signature.blocks(call.known).score if plan.score is not None else None
+    return gradients if score is None else gradients | _of_score(made, plan, arrays, score)
+
+
+def _of_score(made: Prepared, plan: Plan, arrays: dict[str, Array], score: Separated) -> Gradients:
+    """Of the floats that a score function closes over, what became operands of them."""
+    assert plan.score is not None
+    kinds = [f"operand{i}" for i in range(len(score.operands))]
+    kinds += [f"table{i}" for i in range(len(score.tables))]
+    named, gradients = dict(zip(kinds, plan.score.inputs)), {}
+    for name, x in score.moving.items():
+        operand = named[name]
+        run = joins_examples(operand_sums(operand), summed=(operand,))
+        gradients[name] = made.back_operand(run(plan, arrays), x.shape)
     return gradients

@@ -15,21 +15,22 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from flax_mha.attention.pallas_tpu.lanes import wide
 from flax_mha.attention.pallas_tpu.launch import launch
-from flax_mha.attention.pallas_tpu.operands import SCALARS, At, of_example, row_shape
+from flax_mha.attention.pallas_tpu.operands import At, row_shape, scalars_of
+from flax_mha.attention.pallas_tpu.pair_tile import score_of
+from flax_mha.attention.pallas_tpu.part import Here, parts
 from flax_mha.attention.pallas_tpu.plan import LANES, Plan
-from flax_mha.attention.pallas_tpu.spans import NUMBERS
 from flax_mha.attention.pallas_tpu.tile import (
     ROWS_BY_COLUMNS,
-    Here,
     allowed,
     dot,
     dropped,
     keeps,
     logits,
-    parts,
-    wide,
 )
+from flax_mha.attention.pallas_tpu.visits import by_queries, most, with_visits
+from flax_mha.attention.pallas_tpu.walk import key_walk
 from flax_mha.core.typing import Array
 
 LOG2_E = math.log2(math.e)
@@ -38,11 +39,10 @@ LEAST = np.float32(np.finfo("float32").min)
 
 def forward(plan: Plan, operands: dict[str, Array]) -> list[Array]:
     """[context, row_max, row_sum], float32: `[B, K, G, T, V]` and twice `[B, K, G, 1, T]`."""
+    plan, operands = with_visits(plan, operands, functools.partial(by_queries, plan))
 
     def at(b: Any, k: Any, g: Any, i: Any, step: Any, *scalars: Any) -> At:
-        start, _, _, stop = key_span(plan, scalars, b, i)
-        # Where nothing is left to visit, the last block again: it is not fetched anew.
-        return At(b, k, g, i, jnp.clip(start + step, 0, jnp.maximum(stop - 1, 0)))
+        return At(b, k, g, i, key_walk(plan, scalars, b, i, step).fetched)
 
     rows = jax.ShapeDtypeStruct(row_shape(plan), "float32")
     context = jax.ShapeDtypeStruct((plan.B, plan.K, plan.G, plan.T, plan.V), "float32")
@@ -52,7 +52,7 @@ def forward(plan: Plan, operands: dict[str, Array]) -> list[Array]:
         name="flax_mha_forward",
         operands=operands,
         outputs={"context": context, "row_max": rows, "row_sum": rows},
-        grid=(plan.B, plan.K, plan.G, plan.query_blocks, plan.key_steps),
+        grid=(plan.B, plan.K, plan.G, plan.query_blocks, _steps(plan, operands)),
         sequential=1,
         at=at,
         scratch={
@@ -63,18 +63,17 @@ def forward(plan: Plan, operands: dict[str, Array]) -> list[Array]:
     )
 
 
-def key_span(plan: Plan, scalars: Any, b: Any, i: Any) -> list[Any]:
-    """(start, whole_start, whole_stop, stop) of the key blocks of query block i."""
-    spans = scalars[SCALARS.index("spans")]
-    first = of_example(plan, "spans", b) * plan.shape("spans")[1] + i * NUMBERS
-    return [spans[first + n] for n in range(NUMBERS)]
+def _steps(plan: Plan, operands: dict[str, Array]) -> Any:
+    """How many key blocks a query block visits at most, which the device knows with functions."""
+    if "visits" not in operands:
+        return plan.key_steps
+    return most(operands["visits"], plan.query_blocks)
 
 
 def _kernel(plan: Plan, refs: dict[str, Any]) -> None:
     b, k, g, i, step = (pl.program_id(axis) for axis in range(5))
-    start, whole_start, whole_stop, stop = key_span(plan, [refs[n] for n in SCALARS], b, i)
-    j = start + step
-    at = At(b, k, g, i, j)
+    walk = key_walk(plan, [refs[n] for n in scalars_of(plan.names)], b, i, step)
+    at = At(b, k, g, i, walk.block)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -82,11 +81,12 @@ def _kernel(plan: Plan, refs: dict[str, Any]) -> None:
         refs["total"][...] = jnp.zeros_like(refs["total"])
         refs["sum"][...] = jnp.zeros_like(refs["sum"])
 
-    visited, whole = j < stop, (j >= whole_start) & (j < whole_stop)
+    visited, whole = walk.is_visited, walk.is_whole
     pl.when(visited & whole)(functools.partial(_add_tile, plan, refs, at, masked=False))
     if plan.is_masked:
         pl.when(visited & ~whole)(functools.partial(_add_tile, plan, refs, at, masked=True))
-    pl.when(step == plan.key_steps - 1)(functools.partial(_finish, plan, refs))
+    steps = pl.num_programs(4) if "visits" in plan.names else plan.key_steps
+    pl.when(step == steps - 1)(functools.partial(_finish, plan, refs))
 
 
 class Rows(NamedTuple):
@@ -110,6 +110,8 @@ def _add_part(here: Here, rows: Rows, masked: bool) -> Rows:
     plan, refs = here.plan, here.refs
     value = refs["value"][here.columns]
     logits_ts, _ = logits(here, refs["query"][here.rows], refs["key"][here.columns])
+    if plan.score is not None:
+        logits_ts = score_of(here, logits_ts)
     if masked:
         logits_ts = jnp.where(allowed(here), logits_ts, -jnp.inf)
     highest = jnp.maximum(rows.highest, logits_ts.max(1)[:, None])

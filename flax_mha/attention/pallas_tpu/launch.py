@@ -6,7 +6,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flax_mha.attention.pallas_tpu.operands import SCALARS, STRETCHES, At, spec
+from flax_mha.attention.pallas_tpu.operands import STRETCHES, At, scalars_of, spec
 from flax_mha.attention.pallas_tpu.plan import Plan
 from flax_mha.core.errors import fail
 from flax_mha.core.typing import Array
@@ -22,7 +22,7 @@ def launch(
     name: str,
     operands: dict[str, Array],
     outputs: dict[str, Any],
-    grid: tuple[int, ...],
+    grid: tuple[Any, ...],
     sequential: int,
     at: Callable[..., At],
     scratch: dict[str, Any],
@@ -36,10 +36,11 @@ def launch(
         remedy = "Pass `check_vma=False` to `jax.shard_map`, or name another implementation."
         evidence = f"arrays that vary over {sorted(varying_axes(operands['query']))}"
         fail(NotImplementedError, rule, evidence, remedy)
-    scalars = [operands[n].reshape(-1) for n in SCALARS]
+    scalar_names = scalars_of(operands)
+    scalars = [operands[n].reshape(-1) for n in scalar_names]
     inputs = list(_inputs(plan, operands, at))
     specs = output_specs or {n: spec(plan, n, x.shape, output_at or at) for n, x in outputs.items()}
-    names = (*SCALARS, *(n for n, _, _ in inputs), *outputs, *scratch)
+    names = (*scalar_names, *(n for n, _, _ in inputs), *outputs, *scratch)
 
     def body(*refs: Any) -> None:
         kernel(plan, dict(zip(names, refs)))
@@ -68,7 +69,7 @@ def launch(
 def _inputs(plan: Plan, operands: dict[str, Array], at: Callable[..., At]) -> Any:
     """(name, array, block) of each operand that is no scalar; the distances stand there twice."""
     for name, x in operands.items():
-        if name in SCALARS:
+        if name in scalars_of(operands):
             continue
         if name == "distances":
             for d in range(STRETCHES):

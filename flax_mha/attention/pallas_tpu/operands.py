@@ -6,11 +6,12 @@
 
 A lower-case axis may have size 1. R = pairs of ids; a removed position is an id that meets none.
 Scalars are read before a tile begins: the spans, the position of query 0, the words and the start
-of dropout, and the first query head and block of a backward turn.
+of dropout, and the first query head and block of a backward turn. Of functions of pairs there are
+rows b k g 1 T, columns b k g 1 S, and more scalars: numbers of heads b n, and the tiles to visit.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jax.experimental import pallas as pl
@@ -34,7 +35,13 @@ AXES = {
     "row_max": "BKG1T",
     "row_sum": "BKG1T",
     "delta": "BKG1T",
+    "row": "BKG1T",
+    "column": "BKG1S",
+    "d_row": "BKG1T",
+    "d_column": "BKG1S",
+    "d_number": "BKG11",
 }
+MORE_SCALARS = ("number", "visits")  # those of functions of pairs
 STRETCHES = 2  # of the distances that a tile of t = s reaches over
 
 
@@ -48,8 +55,18 @@ class At(NamedTuple):
     j: Any
 
 
+def kind_of(name: str) -> str:
+    """Its name without a number behind it."""
+    return name.rstrip("0123456789")
+
+
 def axes_of(name: str) -> str:
-    return AXES[name.rstrip("0123456789")]
+    return AXES[kind_of(name)]
+
+
+def scalars_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The scalars among some operands: those of every kernel, and in front."""
+    return (*SCALARS, *(name for name in names if kind_of(name) in MORE_SCALARS))
 
 
 def spec(

@@ -7,7 +7,8 @@ A program instance computes one tile of one head, in parts of `rows` queries and
 import dataclasses
 from typing import Any
 
-from flax_mha.core.typing import Shape
+from flax_mha.attention.pallas_tpu.pairs import Pairs
+from flax_mha.core.typing import Array, Shape
 
 LANES = 128  # numbers in a row of a TPU's vector register; of eight such rows
 Band = tuple[int | None, int | None]
@@ -41,6 +42,13 @@ class Plan:
     precision: Any
     interpret: bool
     shapes: tuple[tuple[str, Shape], ...] = ()
+    where: tuple[Pairs, ...] = ()  # the mask's functions
+    score: Pairs | None = None
+
+    def of(self, operands: dict[str, Array]) -> "tuple[Plan, dict[str, Array]]":
+        """The plan of these operands, with them."""
+        shapes = tuple((name, x.shape) for name, x in operands.items())
+        return dataclasses.replace(self, shapes=shapes), operands
 
     @property
     def query_blocks(self) -> int:
@@ -61,17 +69,17 @@ class Plan:
     def is_masked(self) -> bool:
         """Whether there are tiles of which a mask may take a part."""
         has = any(name.startswith(("query_ids", "dense")) for name in self.names)
-        return has or self.band != (None, None)
+        return has or self.band != (None, None) or bool(self.where)
 
     @property
     def late(self) -> float:
         """The factor of the logits that stays out of them until their maximum is subtracted.
 
-        There it costs nothing beyond the factor of e^x = 2^(x log2 e). A soft cap needs it before,
-        and a dense bias would have to be divided by it, entry by entry.
+        There it costs nothing beyond the factor of e^x = 2^(x log2 e). A soft cap and a score need
+        it before, and a dense bias would have to be divided by it, entry by entry.
         """
-        is_early = self.soft_cap is not None or "bias" in self.names or self.scale <= 0
-        return 1.0 if is_early else self.scale
+        changes = self.soft_cap is not None or self.score is not None
+        return 1.0 if changes or "bias" in self.names or self.scale <= 0 else self.scale
 
     @property
     def key_steps(self) -> int:

@@ -16,9 +16,11 @@ from flax_mha.attention.blockwise.signature import Signature
 from flax_mha.attention.distance import DistanceBias, skew
 from flax_mha.attention.dropout import DRAWS, GROUP, head_words
 from flax_mha.attention.logits import scales
+from flax_mha.attention.pallas_tpu.pair_operands import edged, functions
 from flax_mha.attention.pallas_tpu.plan import LANES, Plan
 from flax_mha.attention.pallas_tpu.sizes import tile_sizes
 from flax_mha.attention.pallas_tpu.spans import Tiles, tiles
+from flax_mha.attention.pallas_tpu.visits import codes
 from flax_mha.core.typing import Array, DType, Shape
 from flax_mha.masks import Mask
 
@@ -64,6 +66,14 @@ class Prepared:
         x = self._cut(x_bkgts, 3) if t > 1 else x_bkgts
         return x[..., :s].reshape(shape)
 
+    def back_operand(self, x_bkg11: Array, shape: Shape) -> Array:
+        """To `[b, n, t, s]` or to a number, of a row, a column or a number."""
+        if shape[2:3] and shape[2] > 1:
+            x_bkg11 = self._cut(x_bkg11, 4)
+        elif shape[3:] and shape[3] > 1:
+            x_bkg11 = x_bkg11[..., : self.S]
+        return x_bkg11.reshape(shape)
+
     def _cut(self, x: Array, axis: int) -> Array:
         if isinstance(self.first, int):
             return jax.lax.slice_in_dim(x, self.first, self.first + self.T, axis=axis)
@@ -97,7 +107,8 @@ def prepare(signature: Signature, known: list[Array], interpret: bool) -> Prepar
     )
     offset_b = _offset(blocks.mask.query_offset) - first
     ids = _ids(plan, blocks.mask, first, T, S)
-    visited = tiles(plan, offset_b, ids, dense=bool(blocks.mask.dense_masks))
+    pairs = functions(plan, first, blocks.where, blocks.score)
+    visited = tiles(plan, offset_b, ids, bool(blocks.mask.dense_masks), pairs.left)
     operands = {
         "offset": offset_b[:, None],
         **_dropout(blocks, options, first),
@@ -114,7 +125,10 @@ def prepare(signature: Signature, known: list[Array], interpret: bool) -> Prepar
         operands["bias"] = _scores(plan, blocks.bias_bnts, first)
     if blocks.distance_bias is not None:
         operands["distances"] = skewed(plan, blocks.distance_bias, first)
-    plan = dataclasses.replace(plan, shapes=tuple((n, x.shape) for n, x in operands.items()))
+    operands |= pairs.operands
+    if pairs.left is not None and (numbers_bX := codes(visited)) is not None:
+        operands["codes"] = numbers_bX
+    plan, _ = dataclasses.replace(plan, where=pairs.where, score=pairs.score).of(operands)
     if "distances" in operands:
         operands["distances"] = operands["distances"] / plan.late
     return Prepared(plan, operands, visited, first, T, S)
@@ -122,9 +136,8 @@ def prepare(signature: Signature, known: list[Array], interpret: bool) -> Prepar
 
 def with_spans(prepared: Prepared, spans: Array, **more: Array) -> tuple[Plan, dict[str, Array]]:
     """The plan and the operands of one kernel, which walks by these spans."""
-    operands = {**prepared.operands, "spans": spans, "turn": jnp.zeros((1, 2), "int32"), **more}
-    shapes = tuple((n, x.shape) for n, x in operands.items())
-    return dataclasses.replace(prepared.plan, shapes=shapes), operands
+    turn = jnp.zeros((1, 2), "int32")
+    return prepared.plan.of({**prepared.operands, "spans": spans, "turn": turn, **more})
 
 
 def skewed(plan: Plan, bias: DistanceBias, first: Any) -> Array:
@@ -187,7 +200,7 @@ def _ids(plan: Plan, mask: Mask, first: Any, T: int, S: int) -> list[tuple[Array
     for query_ids, key_ids in mask.segment_ids:
         sides = zip(_as_int32(query_ids), _as_int32(key_ids))
         pairs += [(query, _edge(key, plan.S)) for query, key in sides]
-    return [(_edge_placed(query, plan.T, first), key) for query, key in pairs]
+    return [(edged(query, 1, plan.T, first), key) for query, key in pairs]
 
 
 def _as_int32(ids: Array) -> list[Array]:
@@ -226,12 +239,6 @@ def _placed(x: Array, axis: int, size: int, first: Any, fill: float) -> Array:
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
     around = jax.lax.full_like(x, fill, shape=shape)
     return jax.lax.dynamic_update_slice_in_dim(around, x, first, axis)
-
-
-def _edge_placed(x_bT: Array, size: int, first: Any) -> Array:
-    """The same with the ends' values around it: rows of nobody, which make no block mixed."""
-    index = jnp.clip(jnp.arange(size, dtype="int32") - first, 0, x_bT.shape[1] - 1)
-    return jnp.take(x_bT, index, axis=1)
 
 
 def _edge(x_bS: Array, size: int) -> Array:

@@ -31,11 +31,12 @@ huge logits are rounded twice.
 
 from typing import Any
 
+from flax_mha.attention.pallas_tpu.pair_refusal import pair_refusal
 from flax_mha.attention.pallas_tpu.plan import LANES
 from flax_mha.core.sizes import is_known
 
 LARGEST = 1024
-LARGEST_IN_BAND = 512
+LARGEST_OF_FEW = 512
 VMEM_FOR_BLOCKS = 40 << 20
 DTYPES = ("float32", "bfloat16")
 DIVISOR = LANES  # a row of a softmax is a row of lanes
@@ -48,7 +49,8 @@ def tile_sizes(inputs: Any, block_sizes: tuple[int, int] | None) -> tuple[int, i
     T, S = inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1]
     left, right = inputs.mask.band
     both = left is not None and right is not None
-    largest = LARGEST_IN_BAND if both and left + right < LARGEST_IN_BAND else LARGEST
+    narrow = both and left + right < LARGEST_OF_FEW
+    largest = LARGEST_OF_FEW if narrow or inputs.where or inputs.score is not None else LARGEST
     while largest > DIVISOR and vmem_bytes(inputs, largest, largest) > VMEM_FOR_BLOCKS:
         largest //= 2
     t, s = even_tile(T, largest), even_tile(S, largest)
@@ -64,6 +66,9 @@ def refusal(inputs: Any, options: Any) -> str | None:
         return f"it computes in {' and '.join(DTYPES)}, and the arrays are {sorted(dtypes)[0]}"
     if not is_known(*inputs.query_BTNH.shape, *inputs.key_BSKH.shape):
         return "a size is a symbol, and its grid must be known when it is lowered"
+    why = pair_refusal(inputs.where, inputs.score)
+    if why is not None:
+        return why
     return None if options.block_sizes is None else _tile_refusal(inputs, *options.block_sizes)
 
 

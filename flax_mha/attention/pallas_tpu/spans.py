@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from flax_mha.attention.pallas_tpu.plan import Plan
+from flax_mha.core.pairs.blocks import Blocks
 from flax_mha.core.typing import Array
 
 NUMBERS = 4
@@ -22,8 +23,17 @@ class Tiles(NamedTuple):
     all_bQJ: Array
 
 
-def tiles(plan: Plan, offset_b: Array, ids: list[tuple[Array, Array]], dense: bool) -> Tiles:
-    """Of a band around the diagonal that begins at `offset_b`, and of pairs of equal ids."""
+def tiles(
+    plan: Plan,
+    offset_b: Array,
+    ids: list[tuple[Array, Array]],
+    dense: bool,
+    remaining: Blocks | None,
+) -> Tiles:
+    """Of a band around the diagonal that begins at `offset_b`, and of pairs of equal ids.
+
+    `remaining` = the blocks that functions of pairs leave, in any head.
+    """
     left, right = plan.band
     Q, J = plan.query_blocks, plan.key_blocks
     first_bQ1 = offset_b[:, None, None] + jnp.arange(Q, dtype="int32")[None, :, None] * plan.t
@@ -44,6 +54,9 @@ def tiles(plan: Plan, offset_b: Array, ids: list[tuple[Array, Array]], dense: bo
         some_bQJ = some_bQJ & (low_bQ1 <= high_b1J) & (low_b1J <= high_bQ1)
         same_bQJ = (low_bQ1 == high_b1J) & (low_b1J == high_bQ1) & (low_bQ1 == low_b1J)
         all_bQJ = all_bQJ & same_bQJ
+    if remaining is not None:
+        some_bQJ = some_bQJ & remaining.some.any(1)
+        all_bQJ = all_bQJ & remaining.whole.all(1)
     return Tiles(some_bQJ, all_bQJ & some_bQJ)
 
 

@@ -1,58 +1,28 @@
 """Inside the kernels, one part of a tile: its logits, its mask, and what dropout keeps of it.
 
-    logits = cap(scale query . key) + bias + distance bias          -inf where the mask forbids
+    logits = score(cap(scale query . key) + bias + distance bias)   -inf where the mask forbids
 
 All three kernels compute them by these functions, of queries in rows and keys in columns.
 """
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 
 from flax_mha.attention.dropout import DRAWS, GROUP, LEVELS, ROWS
-from flax_mha.attention.pallas_tpu.operands import STRETCHES, At, of_example
-from flax_mha.attention.pallas_tpu.plan import LANES, Part, Plan
+from flax_mha.attention.pallas_tpu.lanes import as_column, wide
+from flax_mha.attention.pallas_tpu.operands import STRETCHES
+from flax_mha.attention.pallas_tpu.pair_tile import agrees
+from flax_mha.attention.pallas_tpu.part import Here
+from flax_mha.attention.pallas_tpu.plan import LANES, Plan
 from flax_mha.attention.threefry import threefry
 from flax_mha.core.typing import Array
 
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a . b^T
 ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # a . b
 COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T . b
-
-
-@dataclasses.dataclass(frozen=True)
-class Here:
-    """One part of a tile: the operands' blocks by name, the tile, and the part's first entries."""
-
-    plan: Plan
-    refs: dict[str, Any]
-    at: At
-    part: Part
-    row: int
-    column: int
-
-    @property
-    def rows(self) -> Any:
-        return pl.ds(self.row, self.part.rows)
-
-    @property
-    def columns(self) -> Any:
-        return pl.ds(self.column, self.part.columns)
-
-    def scalar(self, name: str, index: Any) -> Any:
-        """One number of a scalar operand, of this tile's example."""
-        row = of_example(self.plan, name, self.at.b)
-        return self.refs[name][row * self.plan.shape(name)[1] + index]
-
-
-def parts(plan: Plan, refs: dict[str, Any], at: At, part: Part) -> list[Here]:
-    """The parts of a tile: from the first key to the last, and of these from the first query."""
-    rows, columns = range(0, plan.t, part.rows), range(0, plan.s, part.columns)
-    return [Here(plan, refs, at, part, row, column) for column in columns for row in rows]
 
 
 def dot(plan: Plan, a: Array, b: Array, contraction: Any) -> Array:
@@ -63,7 +33,7 @@ def dot(plan: Plan, a: Array, b: Array, contraction: Any) -> Array:
 
 
 def logits(here: Here, query: Array, key: Array) -> tuple[Array, Array | None]:
-    """The part's logits over `plan.late`, before its mask; the soft cap's slope, if any."""
+    """The part's logits over `plan.late`, before score and mask; the soft cap's slope, if any."""
     plan, slope = here.plan, None
     product = dot(plan, query, key, ROWS_BY_ROWS)
     if plan.scale != plan.late:
@@ -115,6 +85,7 @@ def allowed(here: Here) -> Array:
     for name in here.refs:
         if name.startswith("dense"):
             checks.append(of_scores(here, name).astype(jnp.int32) != 0)
+    checks += [agrees(here, pairs) for pairs in plan.where]
     result = checks[0]
     for check in checks[1:]:
         result = result & check
@@ -152,15 +123,3 @@ def dropped(x: Array, kept: list[Array] | None) -> Array:
     grouped = x.reshape(x.shape[0] // GROUP, DRAWS, ROWS, x.shape[1])
     stay = [jnp.where(keep, grouped[:, j], 0.0) for j, keep in enumerate(kept)]
     return jnp.stack(stay, 1).reshape(x.shape)
-
-
-def as_column(row: Array) -> Array:
-    """`[1, r]` to `[r, 128]`, every column of which is that row."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
-def wide(x: Array, size: int) -> Array:
-    """`[r, 128]` of equal columns, as `[r, size]`."""
-    copies = -(-size // LANES)
-    x = jnp.tile(x, (1, copies)) if copies > 1 else x
-    return x[:, :size] if size % LANES else x

@@ -14,6 +14,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.interop.huggingface.find import Found, find
 from flax_mha.interop.huggingface.folder import Folder, expect_inside, open_folder
+from flax_mha.interop.layout import without_score
 from flax_mha.interop.loaded import AttentionLayer
 from flax_mha.interop.torch.layouts import to_layout
 
@@ -112,6 +113,7 @@ def _expect_free(target: pathlib.Path, like: pathlib.Path) -> None:
 def _expect_same_config(
     name: str, ours: MultiHeadAttentionConfig, theirs: MultiHeadAttentionConfig
 ) -> None:
+    without_score(ours)
     for field, value in theirs.to_dict().items():
         given = ours.to_dict()[field]
         if field not in _OF_A_RUN and given != value:

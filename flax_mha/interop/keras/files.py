@@ -261,8 +261,8 @@ def save_keras_weights(
 
     Raises:
         ValueError: parameters that do not fit their config or the layer in `like`, or, without
-            `like`, that Keras's layer lacks (norms, sinks); an unknown layer, a file name with
-            another ending, a damaged or hostile `like`.
+            `like`, that Keras's layer lacks (norms, sinks); a `score`; an unknown layer, a file
+            name with another ending, a damaged or hostile `like`.
         ImportError: h5py is not installed.
 
     Differs from Keras: (1) with `like` the archive's config.json stays as it is, so a changed
@@ -278,8 +278,8 @@ def save_keras_weights(
     """
     arrays = {}
     for name, (config, params, *_) in layers.items():
-        places = zip(places_of(config), to_keras_weights(params, config))
-        arrays[name] = (config, dict(places))
+        weights = to_keras_weights(params, config)
+        arrays[name] = (config, dict(zip(places_of(config), weights)))
     if like is None:
         write_new(pathlib.Path(path), arrays)
     else:

@@ -12,6 +12,8 @@ from flax_mha.interop.keras.arrays import check, params_from, places_of
 from flax_mha.interop.keras.config import CLASSES
 from flax_mha.interop.keras.layer_config import config_from_fields
 from flax_mha.interop.keras.live import from_hub_layer
+from flax_mha.interop.layout import without_score
+from flax_mha.masks import Neighborhood
 
 
 def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig) -> Params:
@@ -66,7 +68,8 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
         biases or none: give it zeros.
 
     Raises:
-        ValueError: parameters that do not fit the config; a table of distances.
+        ValueError: parameters that do not fit the config; a table of distances; a `score`; a window
+            in several axes, which neither Keras's layer nor KerasHub's has.
 
     Example:
         >>> import jax, flax_mha
@@ -75,7 +78,12 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
         >>> len(to_keras_weights(params, config))
         8
     """
+    without_score(config)
     check(params, config)
+    if isinstance(config.sliding_window, Neighborhood):
+        rule = "Keras's windows lie along the raster: `sliding_window` must be an int or None."
+        remedy = "The weights alone: `config.replace(sliding_window=None)`."
+        checks.fail(ValueError, rule, f"sliding_window={config.sliding_window}", remedy)
     return [np.asarray(params[projection][leaf]) for projection, leaf in places_of(config)]
 
 

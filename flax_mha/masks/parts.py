@@ -3,11 +3,16 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core import checks
 from flax_mha.core.dtypes import at_least_32_bits
 from flax_mha.core.typing import Array
+
+# The fields of a mask that hold any number of parts, all of which must agree.
+BEYOND = ("prefix_lengths", "functions", "unions", "complements")
+TUPLES = ("segment_ids", "dense_masks", *BEYOND)
 
 
 def padding(name: str, array: Any) -> Array | None:
@@ -41,6 +46,31 @@ def offset(value: Any) -> Any:
         array = value if checks.is_array(value) else np.asarray(value)
         checks.fits("query_offset", checks.integer_ids("query_offset", array), "int32")
     return value
+
+
+def lengths(name: str, value: Any) -> Array:
+    """Lengths int32 `[1 or B]`, not negative where that can be seen."""
+    array = value if checks.is_array(value) else np.asarray(value)
+    checks.fits(name, checks.integer_ids(name, array), "int32")
+    if len(array.shape) > 1:
+        checks.fail(ValueError, f"`{name}` must be an integer or [B].", f"shape {array.shape}")
+    if not isinstance(array, jax.core.Tracer) and np.any(np.asarray(array) < 0):
+        checks.fail(ValueError, f"`{name}` must not be negative.", f"{name}={value}")
+    return jnp.reshape(jnp.asarray(array), (-1,)).astype("int32")
+
+
+def either(combine: Any, a: Any, b: Any) -> Any:
+    return b if a is None else a if b is None else combine(a, b)
+
+
+def common_offset(a: Any, b: Any) -> Array | None:
+    """The offset of an intersection: two bands shifted differently are not a band."""
+    banded = [mask for mask in (a, b) if mask.band != (None, None)]
+    offsets = [mask.query_offset for mask in banded]
+    if len(offsets) == 2 and offsets[0] is not offsets[1]:
+        rule = "Two banded masks can be combined only with the same `query_offset`."
+        checks.fail(ValueError, rule, f"{offsets[0]} and {offsets[1]}")
+    return offsets[0] if offsets else None
 
 
 def _ids(name: str, ids: Any) -> Array:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
-from flax_mha.core import checks, mask_parts
+from flax_mha.core import checks
 from flax_mha.core.typing import Array
+from flax_mha.masks import dense_form, fits, neighborhood, parts
+from flax_mha.masks.blocks import BlockMask
+from flax_mha.masks.function import MaskFunction, function_of
 
 Band = tuple[int | None, int | None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Mask:
+class Mask(neighborhood.OfGrids):
     """Which query may attend to which key. True always means "may attend".
 
     A query at position p attends to a key at s where every part that is set agrees:
@@ -28,10 +29,14 @@ class Mask:
         key_padding[b, s]            False removes a key
         query_ids[b, t] == key_ids[b, s]   for each pair of segment ids
         dense[b, n, t, s]            for each dense array, any axis of which may be 1
+        s < length[b]                for each prefix
+        f(b, n, t, s)                for each function
+        a(b, n, t, s) or ...         for each union of masks
+        not a(b, n, t, s)            for each complement of a mask
 
-    Masks are made by `causal`, `window`, `padding`, `segments` and `dense`. `mask_a & mask_b` is
-    their intersection and stays structured. Masks are pytrees: their arrays are data under
-    `jax.jit`, the band is static.
+    Masks are made by `causal`, `window`, `neighborhood`, `prefix`, `padding`, `segments`, `dense`
+    and `function`, and joined by `&`, `|` and `~`. Masks are pytrees: arrays, also those that
+    functions close over, are data under `jax.jit`; the band and the functions are static.
 
     Attributes:
         band: (left, right), how many keys before and after the query; None = without bound.
@@ -40,13 +45,17 @@ class Mask:
         key_padding: booleans `[B or 1, S]`, True = a real key.
         segment_ids: pairs of integers `([B or 1, T], [B or 1, S])`.
         dense_masks: booleans of rank 4, each axis 1 or that of `[B, N, T, S]`.
+        prefix_lengths: integers `[1 or B]`, what `prefix` made.
+        functions: what `function` made.
+        unions: masks, of each tuple of which one must agree.
+        complements: masks that must not.
 
     Memory: what the arrays hold. Only `as_array` makes T x S booleans.
 
-    Guide: `python -m flax_mha guide masks`.
+    Guide: `python -m flax_mha guide masks`, and of functions `guide pair_functions`.
 
     Differs from boolean arrays: (1) no `[T, S]`; (2) queries and keys that padding or segments
-    remove may hold NaN.
+    remove may hold NaN; inside of a union or complement these only forbid, and remove nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,6 +66,8 @@ class Mask:
          [0 1 1 0]]
         >>> Mask().is_empty, Mask.padding(key=jnp.array([True, False])).removes_positions
         (True, True)
+        >>> Mask.causal().is_plain, (~Mask.causal()).is_plain
+        (True, False)
         >>> Mask.causal().check(B=2, N=3, T=5, S=7)
     """
 
@@ -66,6 +77,10 @@ class Mask:
     key_padding: Array | None = None
     segment_ids: tuple[tuple[Array, Array], ...] = ()
     dense_masks: tuple[Array, ...] = ()
+    prefix_lengths: tuple[Array, ...] = ()
+    functions: tuple[MaskFunction, ...] = ()
+    unions: tuple[tuple[Mask, ...], ...] = ()
+    complements: tuple[Mask, ...] = ()
 
     @classmethod
     def causal(cls, query_offset: Any = None) -> Mask:
@@ -80,11 +95,11 @@ class Mask:
             ValueError: one that needs 64 bits.
 
         Example:
-            >>> print(Mask.causal(jnp.array(1)).as_array(2, 3)[0, 0].astype(int))
+            >>> print(Mask.causal(jax.numpy.array(1)).as_array(2, 3)[0, 0].astype(int))
             [[1 1 0]
              [1 1 1]]
         """
-        return cls(band=(None, 0), query_offset=mask_parts.offset(query_offset))
+        return cls(band=(None, 0), query_offset=parts.offset(query_offset))
 
     @classmethod
     def window(cls, left: int | None, right: int | None) -> Mask:
@@ -125,14 +140,14 @@ class Mask:
             ValueError: integers other than 0 and 1, or another rank.
 
         Example:
-            >>> lengths = jnp.array([3, 1])
-            >>> mask = Mask.padding(key=jnp.arange(3)[None] < lengths[:, None])
+            >>> lengths = jax.numpy.array([3, 1])
+            >>> mask = Mask.padding(key=jax.numpy.arange(3)[None] < lengths[:, None])
             >>> mask.as_array(1, 3)[:, 0, 0].astype(int).tolist()
             [[1, 1, 1], [1, 0, 0]]
         """
         return cls(
-            query_padding=mask_parts.padding("query", query),
-            key_padding=mask_parts.padding("key", key),
+            query_padding=parts.padding("query", query),
+            key_padding=parts.padding("key", key),
         )
 
     @classmethod
@@ -150,13 +165,13 @@ class Mask:
             ValueError: another rank; without x64, ids that need 64 bits.
 
         Example:
-            >>> ids = jnp.array([7, 7, 9])
+            >>> ids = jax.numpy.array([7, 7, 9])
             >>> print(Mask.segments(ids, ids).as_array(3, 3)[0, 0].astype(int))
             [[1 1 0]
              [1 1 0]
              [0 0 1]]
         """
-        return cls(segment_ids=(mask_parts.segments(query_ids, key_ids),))
+        return cls(segment_ids=(parts.segments(query_ids, key_ids),))
 
     @classmethod
     def dense(cls, array: Any) -> Mask:
@@ -167,72 +182,112 @@ class Mask:
                 may attend.
 
         Raises:
-            TypeError: floats; an additive mask is a bias. Under `jit` or `vmap` signed integers,
-                where an additive mask could not be told from 0 and 1.
-            ValueError: integers other than 0 and 1, or more than four axes.
+            TypeError, ValueError: as `padding`, and more than four axes.
 
         Memory: the array's own, B N T S booleans at most.
 
         Example:
-            >>> Mask.dense(jnp.eye(3, dtype=bool)).dense_masks[0].shape
+            >>> Mask.dense(jax.numpy.eye(3, dtype=bool)).dense_masks[0].shape
             (1, 1, 3, 3)
         """
-        return cls(dense_masks=(mask_parts.dense(array),))
+        return cls(dense_masks=(parts.dense(array),))
+
+    @classmethod
+    def prefix(cls, lengths: Any) -> Mask:
+        """The first keys: s < lengths, for every query; a prefix-LM is `causal() | prefix(n)`.
+
+        Args:
+            lengths: an integer or integers `[B]`.
+
+        Raises:
+            TypeError, ValueError: lengths that are no such integers, or negative.
+
+        Example:
+            >>> (Mask.causal() | Mask.prefix(2)).as_array(3, 3)[0, 0].astype(int).tolist()
+            [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+        """
+        return cls(prefix_lengths=(parts.lengths("lengths", lengths),))
+
+    @classmethod
+    def function(cls, f: Any, blocks: BlockMask | None = None) -> Mask:
+        """Any rule: `f(b, n, t, s)` says whether query t of example b and head n may attend to s.
+
+        It is traced once: write `&`, `|`, `~` and `jnp.where`, and look up arrays that it closes
+        over, which stay data. Blocks of pairs in which it allows nothing are left out: they are
+        found by interval arithmetic or, where it looks up an array by query and key at once, by
+        asking it for every pair once a call.
+
+        Args:
+            f: `f(b, n, t, s) -> bool` of int32 numbers. b counts all batch axes as one.
+            blocks: what `block_mask(f, T, S)` found before, to spare the search.
+
+        Raises:
+            TypeError: no such function, one without a boolean, or that asks Python for a number.
+            ValueError: more than one result, or a function that is another one each time.
+
+        Example:
+            >>> ids = jax.numpy.array([[7, 7, 9]])
+            >>> mask = Mask.function(lambda b, n, t, s: (ids[b, t] == ids[b, s]) & (s <= t))
+            >>> mask.as_array(3, 3, B=1)[0, 0].astype(int).tolist()
+            [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+        """
+        return cls(functions=(function_of(f, blocks),))
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return Mask(
-            band=tuple(_either(min, a, b) for a, b in zip(self.band, other.band)),
-            query_offset=_common_offset(self, other),
-            query_padding=_either(operator.and_, self.query_padding, other.query_padding),
-            key_padding=_either(operator.and_, self.key_padding, other.key_padding),
-            segment_ids=self.segment_ids + other.segment_ids,
-            dense_masks=self.dense_masks + other.dense_masks,
+            band=tuple(parts.either(min, a, b) for a, b in zip(self.band, other.band)),
+            query_offset=parts.common_offset(self, other),
+            query_padding=parts.either(operator.and_, self.query_padding, other.query_padding),
+            key_padding=parts.either(operator.and_, self.key_padding, other.key_padding),
+            **{name: getattr(self, name) + getattr(other, name) for name in parts.TUPLES},
         )
+
+    def __or__(self, other: Mask) -> Mask:
+        return Mask(unions=((self, other),)) if isinstance(other, Mask) else NotImplemented
+
+    def __bool__(self) -> NoReturn:
+        rule = "A Mask is not True or False: masks are joined by `&`, `|` and `~`."
+        checks.fail(TypeError, rule, "`and`, `or`, `not` or `if` of a Mask")
+
+    __array_ufunc__ = None  # an array on the left is no mask either: wrap it by `Mask.dense`
+
+    def __invert__(self) -> Mask:
+        return Mask(complements=(self,))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is without prefixes, functions, unions and complements."""
+        return not (self.prefix_lengths or self.functions or self.unions or self.complements)
 
     @property
     def is_empty(self) -> bool:
-        """Whether every query may attend to every key."""
-        return self.band == (None, None) and not jax.tree.leaves(
-            (self.query_padding, self.key_padding, self.segment_ids, self.dense_masks)
-        )
+        """Whether every query may attend to every key, as far as its parts tell."""
+        arrays = (self.query_padding, self.key_padding, self.segment_ids, self.dense_masks)
+        return self.is_plain and self.band == (None, None) and not jax.tree.leaves(arrays)
 
     @property
     def removes_positions(self) -> bool:
         """Whether padding or segments hide positions, whose content is then arbitrary."""
         return bool(jax.tree.leaves((self.query_padding, self.key_padding, self.segment_ids)))
 
-    def as_array(self, T: int, S: int) -> Array:
-        """The mask of `T` queries and `S` keys: booleans `[b, n, T, S]`, b and n 1 or full."""
-        parts = [_band(self, jnp.arange(T, dtype="int32"), S), *self.dense_masks]
-        if self.query_padding is not None:
-            parts.append(self.query_padding[:, None, :, None])
-        if self.key_padding is not None:
-            parts.append(self.key_padding[:, None, None, :])
-        parts += [_same_segment(*ids)[:, None] for ids in self.segment_ids]
-        allowed = functools.reduce(jnp.logical_and, parts)
-        return jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
+    def as_array(self, T: int, S: int, B: int | None = None, N: int | None = None) -> Array:
+        """The mask of `T` queries and `S` keys: booleans `[b, n, T, S]`, b and n 1 or full.
+
+        `B` and `N` are needed, or else a ValueError, by functions that look at example or head.
+        """
+        return dense_form.of(self, {"b": B, "n": N, "t": T, "s": S})
 
     def take_queries(self, rows: Array, S: int) -> Mask:
         """The mask of the queries at the positions `rows` [R] alone; makes R x `S` booleans.
 
         Example:
-            >>> mask = Mask.causal().take_queries(jnp.array([2, 0]), S=3)
+            >>> mask = Mask.causal().take_queries(jax.numpy.array([2, 0]), S=3)
             >>> mask.as_array(2, 3)[0, 0].astype(int).tolist()
             [[1, 1, 1], [1, 0, 0]]
         """
-        take = lambda x, axis: x if x.shape[axis] == 1 else jnp.take(x, rows, axis)  # noqa: E731
-        band = _band(self, rows.astype("int32"), S)
-        padding = self.query_padding
-        return dataclasses.replace(
-            self,
-            band=(None, None),
-            query_offset=None,
-            query_padding=None if padding is None else jnp.take(padding, rows, 1),
-            segment_ids=tuple((jnp.take(q, rows, 1), k) for q, k in self.segment_ids),
-            dense_masks=(band, *(take(dense, 2) for dense in self.dense_masks)),
-        )
+        return dense_form.taken(self, rows, S)
 
     def check(self, B: int, N: int, T: int, S: int) -> None:
         """Refuses arrays that do not fit `B` examples, `N` heads, `T` queries and `S` keys.
@@ -240,52 +295,4 @@ class Mask:
         Raises:
             ValueError: with the letters and sizes that were expected, and the shape received.
         """
-        for name, array, full, letters in (
-            ("mask.query_padding", self.query_padding, (B, T), "[B, T]"),
-            ("mask.key_padding", self.key_padding, (B, S), "[B, S]"),
-            *(("mask.segment_ids[0]", q, (B, T), "[B, T]") for q, _ in self.segment_ids),
-            *(("mask.segment_ids[1]", k, (B, S), "[B, S]") for _, k in self.segment_ids),
-        ):
-            if array is not None:
-                # T and S of 1 would broadcast: one length of padding for all is never meant.
-                checks.broadcastable(name, array.shape[:1], full[:1], letters)
-                if array.shape[1] != full[1]:
-                    rule = f"`{name}` must be {letters} = {full}."
-                    checks.fail(ValueError, rule, f"shape {array.shape}")
-        for array in self.dense_masks:
-            swapped = array.shape[-2:] == (S, T) and S != T
-            remedy = "Did you swap T and S?" if swapped else ""
-            checks.broadcastable("mask", array.shape, (B, N, T, S), "[B, N, T, S]", remedy)
-
-
-def _either(combine: Any, a: Any, b: Any) -> Any:
-    return b if a is None else a if b is None else combine(a, b)
-
-
-def _common_offset(a: Mask, b: Mask) -> Array | None:
-    """The offset of an intersection: two bands shifted differently are not a band."""
-    banded = [mask for mask in (a, b) if mask.band != (None, None)]
-    offsets = [mask.query_offset for mask in banded]
-    if len(offsets) == 2 and offsets[0] is not offsets[1]:
-        rule = "Two banded masks can be combined only with the same `query_offset`."
-        checks.fail(ValueError, rule, f"{offsets[0]} and {offsets[1]}")
-    return offsets[0] if offsets else None
-
-
-def _band(mask: Mask, query_T: Array, S: int) -> Array:
-    """The band's part `[b, 1, T, S]` for queries at these positions."""
-    left, right = mask.band
-    position_bT = query_T[None]
-    if mask.query_offset is not None:
-        position_bT += jnp.reshape(mask.query_offset, (-1, 1)).astype("int32")
-    distance_bTS = jnp.arange(S, dtype="int32")[None, None] - position_bT[..., None]
-    allowed_bTS = jnp.ones((1, 1, 1), bool)
-    if left is not None:
-        allowed_bTS = distance_bTS >= -left
-    if right is not None:
-        allowed_bTS = allowed_bTS & (distance_bTS <= right)
-    return allowed_bTS[:, None]
-
-
-def _same_segment(query_ids_bT: Array, key_ids_bS: Array) -> Array:
-    return query_ids_bT[:, :, None] == key_ids_bS[:, None, :]
+        fits.check(self, B, N, T, S)
