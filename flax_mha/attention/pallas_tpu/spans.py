@@ -28,7 +28,7 @@ def tiles(
     offset_b: Array,
     ids: list[tuple[Array, Array]],
     dense: bool,
-    remaining: Blocks | None,
+    remaining: Blocks | None = None,
 ) -> Tiles:
     """Of a band around the diagonal that begins at `offset_b`, and of pairs of equal ids.
 
