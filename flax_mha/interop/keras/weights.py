@@ -78,8 +78,8 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
         >>> len(to_keras_weights(params, config))
         8
     """
-    without_score(config)
     check(params, config)
+    without_score(config)
     if isinstance(config.sliding_window, Neighborhood):
         rule = "Keras's windows lie along the raster: `sliding_window` must be an int or None."
         remedy = "The weights alone: `config.replace(sliding_window=None)`."
