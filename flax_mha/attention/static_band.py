@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core.pairs.blocks import Grid, by_intervals, reason_to_evaluate
-from flax_mha.core.pairs.expression import Expression
+from flax_mha.core.pairs.expression import NO_MESH, Expression
 from flax_mha.core.pairs.function import PairFunction
 from flax_mha.core.pairs.separated import separated
 from flax_mha.core.sizes import is_known
@@ -36,7 +36,8 @@ def static_band(function: PairFunction, B: int, N: int, T: int, S: int) -> Sides
 def _found(expression: Expression, B: int, N: int, T: int, S: int) -> Sides:
     grain = max(FINEST, -(-max(T, S) // MOST))
     places = {x: np.arange(n, dtype="int32") for x, n in zip("bnts", (B, N, T, S))}
-    with jax.ensure_compile_time_eval():
+    # Not on the mesh of a `jax.shard_map` around the call, where nothing can be run by itself.
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(NO_MESH):
         some_QJ = _blocks(expression, grain, places)
     i, j = np.nonzero(np.asarray(some_QJ))
     before, after = (max(0, int(x.max(initial=0))) * grain + grain - 1 for x in (i - j, j - i))

@@ -104,6 +104,18 @@ def test_a_shard_map_of_the_caller_s_with_whole_arrays():
     close(gradients(cut, *arrays(), SLOPES), gradients(attend_to_first, *arrays(), SLOPES))
 
 
+def test_a_band_is_found_within_a_shard_map():
+    """Of a function that closes over nothing, by a program that runs while the call is traced."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mask = Mask.function(lambda b, n, t, s: jnp.abs(t - s) < 5)
+    attend = lambda query, key, value: dot_product_attention(query, key, value, mask=mask)
+    rows = P("data")
+    with jax.set_mesh(mesh):
+        cut = jax.shard_map(attend, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)
+        result = jax.jit(cut)(*arrays())
+    assert_close(result, attend(*arrays()), "float32")
+
+
 @pytest.mark.parametrize("cut", ["examples", "heads"])
 def test_under_vmap_indices_are_those_of_one_call(cut):
     """b is 0 of one example; an array that the map cuts has that call's entries."""

@@ -213,7 +213,5 @@ REPLACED: dict[str, Any] = {
     "device_put": _same,  # of constants, before JAX 0.8
     **dict.fromkeys(("pcast", "pvary", "reshard", "sharding_constraint"), _same),  # of a mesh
     "stop_gradient": _same,
-    # in a `jax.shard_map`, of a device's own numbers
-    **dict.fromkeys(("reshard", "pvary"), _same),
     "optimization_barrier": _same,
 }
