@@ -1,6 +1,5 @@
 """A call cut over the devices of a mesh of explicit axes: the numbers of one device."""
 
-import functools
 import itertools
 
 import jax
@@ -107,7 +106,11 @@ def test_numbers_of_one_device(sizes, name, implementation):
 @pytest.mark.parametrize("name", ["full", "start"])
 def test_an_interpreted_kernel(name, monkeypatch):
     """Pallas's interpreter does not know types that say what varies over a mesh."""
-    unchecked = functools.partial(jax.shard_map, check_vma=False)
+    checked = jax.shard_map
+
+    def unchecked(f, **how):
+        return checked(f, **how | {"check_vma": False})
+
     monkeypatch.setattr(jax, "shard_map", unchecked)
     assert_cut_alike((2, 2), "pallas_interpreted", arrays_of(B), **CALLS[name])
 
