@@ -48,6 +48,15 @@ def scaled_product(
     )
 
 
+def unforbidden(logits: Array, allowed: Array | None) -> Array:
+    """The logits that a score function is given: of a forbidden pair 1, whose gradient is nobody's.
+
+    A gradient of 0 times a slope of inf would be NaN: that of the logarithm of a 0, which is what a
+    removed query's logit is.
+    """
+    return logits if allowed is None else jnp.where(allowed, logits, 1)
+
+
 def soft_capped(logits: Array, options: Options) -> Array:
     """cap tanh(logits / cap), which stays within (-cap, cap); the logits where there is no cap."""
     cap = options.soft_cap

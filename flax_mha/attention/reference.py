@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from flax_mha.attention import dropout
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals, named, shift_of
-from flax_mha.attention.logits import scaled_product, scales, soft_capped
+from flax_mha.attention.logits import scaled_product, scales, soft_capped, unforbidden
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.sizes import at_least
 from flax_mha.core.typing import Array
@@ -47,13 +47,14 @@ def _logits(inputs: Inputs, options: Options) -> Array:
         logits_BNTS += inputs.bias_bnts.astype(logits_BNTS.dtype)
     if inputs.distance_bias is not None:
         logits_BNTS += inputs.distance_bias.as_array(T, S).astype(logits_BNTS.dtype)
+    parts = [] if inputs.mask.is_empty else [inputs.mask.as_array(T, S)]
+    parts += [one.pairs.whole() for one in inputs.where]
+    allowed_bnts = functools.reduce(jnp.logical_and, parts) if parts else None
     if inputs.score is not None:
-        logits_BNTS = inputs.score.whole(logits_BNTS)
-    if not inputs.mask.is_empty:
-        logits_BNTS = jnp.where(inputs.mask.as_array(T, S), logits_BNTS, -jnp.inf)
-    for one in inputs.where:
-        logits_BNTS = jnp.where(one.pairs.whole(), logits_BNTS, -jnp.inf)
-    return logits_BNTS
+        logits_BNTS = inputs.score.whole(unforbidden(logits_BNTS, allowed_bnts))
+    if allowed_bnts is None:
+        return logits_BNTS
+    return jnp.where(allowed_bnts, logits_BNTS, -jnp.inf)
 
 
 def _rows(inputs: Inputs) -> Array:

@@ -12,7 +12,7 @@ from flax_mha.core.pairs.separated import separated
 from flax_mha.core.typing import Array
 from flax_mha.masks import of_pairs
 from flax_mha.masks.function import function_of
-from flax_mha.masks.parts import BEYOND
+from flax_mha.masks.parts import BEYOND, counts
 
 
 def of(mask: Any, sizes: dict[str, int | None]) -> Array:
@@ -24,8 +24,8 @@ def of(mask: Any, sizes: dict[str, int | None]) -> Array:
     if mask.key_padding is not None:
         parts.append(mask.key_padding[:, None, None, :])
     parts += [_same_segment(*ids)[:, None] for ids in mask.segment_ids]
-    known = {"b": sizes["b"] or _most(mask, 0), "n": sizes["n"] or _most(mask, 1)}
-    parts += [_values(mask_function(f), sizes | known) for f in of_pairs.beyond(mask)]
+    told = {letter: sizes[letter] or count for letter, count in zip("bn", counts(mask))}
+    parts += [_values(mask_function(f), sizes, told) for f in of_pairs.beyond(mask)]
     allowed = functools.reduce(jnp.logical_and, parts)
     return jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
 
@@ -52,25 +52,16 @@ def _of_rows(function: Any, rows: Array) -> Any:
     return lambda b, n, t, s: function(b, n, rows[t], s)
 
 
-def _most(mask: Any, axis: int) -> int | None:
-    """How many examples, or heads, the arrays of a mask tell of; None where they tell of none."""
-    inner = (*(part for union in mask.unions for part in union), *mask.complements)
-    rows = [x for pair in mask.segment_ids for x in pair] + list(mask.prefix_lengths)
-    rows += [x for x in (mask.query_padding, mask.key_padding) if x is not None]
-    sizes = [x.shape[axis] for x in mask.dense_masks] + [_most(part, axis) or 1 for part in inner]
-    sizes += [x.shape[0] for x in rows] if axis == 0 else []
-    return most if (most := max(sizes, default=1)) > 1 else None
-
-
-def _values(function: PairFunction, sizes: dict[str, int | None]) -> Array:
+def _values(function: PairFunction, sizes: dict[str, int | None], told: dict[str, int]) -> Array:
     for letter in function.reads("bn"):
-        if sizes[letter] is None:
+        if told[letter] == 1 and sizes[letter] is None:
             name = letter.upper()
             rule = (
                 f"`as_array` of a function that reads `{letter}` must be told how many there are."
             )
             checks.fail(ValueError, rule, f"{name}=None", f"Pass `{name}=`.")
-    places = {letter: jnp.arange(size or 1, dtype="int32") for letter, size in sizes.items()}
+    whole = {letter: size or 1 for letter, size in (sizes | told).items()}
+    places = {letter: jnp.arange(size, dtype="int32") for letter, size in whole.items()}
     return separated(function, places).whole()
 
 

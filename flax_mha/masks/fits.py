@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax_mha.core import checks
+from flax_mha.masks.parts import parts_of
 
 Lengths = tuple[int, int]
 
@@ -13,8 +14,12 @@ def check(mask: Any, B: int, N: int, T: int, S: int, whole: Lengths | None = Non
     `whole` are the lengths of the whole sequence, of which a device has T and S: the keys of dense
     masks, and what blocks and grids are of.
     """
-    lengths = (T, S) if whole is None else whole
-    columns = lengths[1]
+    for part in parts_of(mask):
+        _check_own(part, B, N, (T, S), (T, S) if whole is None else whole)
+
+
+def _check_own(mask: Any, B: int, N: int, here: Lengths, whole: Lengths) -> None:
+    (T, S), columns = here, whole[1]
     for name, array, full, letters in (
         ("mask.query_padding", mask.query_padding, (B, T), "[B, T]"),
         ("mask.key_padding", mask.key_padding, (B, S), "[B, S]"),
@@ -35,9 +40,7 @@ def check(mask: Any, B: int, N: int, T: int, S: int, whole: Lengths | None = Non
         checks.broadcastable("mask.prefix_lengths", length_b.shape, (B,), "[B]")
     for function in mask.functions:
         _check_grid(function.tokens, T, columns)
-        _check_blocks(function.blocks, lengths)
-    for part in (*(part for union in mask.unions for part in union), *mask.complements):
-        check(part, B, N, T, S, lengths)
+        _check_blocks(function.blocks, whole)
 
 
 def _check_blocks(blocks: Any, lengths: Lengths) -> None:

@@ -13,6 +13,27 @@ from flax_mha.core.typing import Array
 # The fields of a mask that hold any number of parts, all of which must agree.
 BEYOND = ("prefix_lengths", "functions", "unions", "complements")
 TUPLES = ("segment_ids", "dense_masks", *BEYOND)
+OF_INDICES = ("query_padding", "key_padding", "segment_ids", "dense_masks")
+
+
+def parts_of(mask: Any) -> list[Any]:
+    """The mask, and those of which its unions and complements are made, all the way down."""
+    inner = (*(part for union in mask.unions for part in union), *mask.complements)
+    return [mask, *(deeper for part in inner for deeper in parts_of(part))]
+
+
+def of_indices(mask: Any) -> dict[str, Any]:
+    """A mask's own arrays of queries and keys, by name."""
+    return {name: getattr(mask, name) for name in OF_INDICES}
+
+
+def counts(mask: Any) -> tuple[int, int]:
+    """(examples, heads), as many as the arrays of a mask tell of; 1 where they tell of none."""
+    parts = parts_of(mask)
+    arrays = [x for part in parts for x in jax.tree.leaves(of_indices(part))]
+    rows = [x.shape[0] for x in arrays] + [len(x) for part in parts for x in part.prefix_lengths]
+    heads = [x.shape[1] for part in parts for x in part.dense_masks]
+    return max(rows, default=1), max(heads, default=1)
 
 
 def padding(name: str, array: Any) -> Array | None:

@@ -10,9 +10,7 @@ from flax_mha.core.pairs.placed import placed
 from flax_mha.core.typing import Array
 from flax_mha.masks import of_pairs
 from flax_mha.masks.function import function_of
-from flax_mha.masks.parts import BEYOND
-
-OF_INDICES = ("query_padding", "key_padding", "segment_ids", "dense_masks")
+from flax_mha.masks.parts import BEYOND, of_indices, parts_of
 
 
 def placed_mask(mask: Any, query_position_bT: Array, key_position_bS: Array) -> Any:
@@ -34,14 +32,3 @@ def parts_of_indices(mask: Any) -> list[str]:
     """The names of a mask's arrays of queries and keys, which have no positions to be asked for."""
     named = [entry for part in parts_of(mask) for entry in of_indices(part).items()]
     return [name for name, x in named if jax.tree.leaves(x)]
-
-
-def of_indices(mask: Any) -> dict[str, Any]:
-    """A mask's own arrays of queries and keys, by name."""
-    return {name: getattr(mask, name) for name in OF_INDICES}
-
-
-def parts_of(mask: Any) -> list[Any]:
-    """The mask, and those of which its unions and complements are made, all the way down."""
-    inner = (*(part for union in mask.unions for part in union), *mask.complements)
-    return [mask, *(deeper for part in inner for deeper in parts_of(part))]

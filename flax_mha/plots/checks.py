@@ -14,7 +14,7 @@ from flax_mha.core.pairs.function import mask_function
 from flax_mha.core.typing import Shape
 from flax_mha.masks import Mask
 from flax_mha.masks.of_pairs import beyond
-from flax_mha.masks.placed import of_indices, parts_of
+from flax_mha.masks.parts import counts
 
 # Attention weights of T1 x T2 queries over S1 x S2 keys, with their heads.
 GRID_LETTERS = "[T1, T2, S1, S2] or [N, T1, T2, S1, S2]"
@@ -68,13 +68,13 @@ def mask_BNTS(
     mask: Any, query_length: Any, key_length: Any, examples: Any = None, heads: Any = None
 ) -> np.ndarray:
     """Booleans `[B, N, T, S]` of a `Mask` and its lengths, or of an array."""
-    counts = {"examples": examples, "heads": heads}
+    given = {"examples": examples, "heads": heads}
     if isinstance(mask, Mask):
-        return _of_structure(mask, query_length, key_length, counts)
+        return _of_structure(mask, query_length, key_length, given)
     _concrete("mask", mask)
-    if any(count is not None for count in counts.values()):
+    if any(count is not None for count in given.values()):
         rule = "`examples` and `heads` are of a Mask: an array has as many as it has."
-        checks.fail(TypeError, rule, f"{counts}")
+        checks.fail(TypeError, rule, f"{given}")
     array = np.asarray(checks.boolean_mask("mask", mask))
     if array.ndim not in (2, 3, 4):
         rule = "`mask` must be a Mask, or have the axes [T, S], [N, T, S] or [B, N, T, S]."
@@ -90,7 +90,7 @@ def mask_BNTS(
 
 
 def _of_structure(
-    mask: Mask, query_length: Any, key_length: Any, counts: dict[str, Any]
+    mask: Mask, query_length: Any, key_length: Any, given: dict[str, Any]
 ) -> np.ndarray:
     if query_length is None or key_length is None:
         rule = "A Mask has no lengths of its own: `query_length` and `key_length` must be given."
@@ -100,20 +100,16 @@ def _of_structure(
     S = checks.integer("key_length", key_length, minimum=1)
     for leaf in jax.tree.leaves(mask):
         _concrete("mask", leaf)
-    B, N = _counts(mask, counts)
+    B, N = _counts(mask, given)
     mask.check(B or 1, N or 1, T, S)
     return np.asarray(mask.as_array(T, S, B, N))
 
 
-def _counts(mask: Mask, counts: dict[str, Any]) -> list[int | None]:
+def _counts(mask: Mask, given: dict[str, Any]) -> list[int | None]:
     """Examples and heads, as told or as arrays show; what a function reads must be known."""
-    parts = parts_of(mask)
-    arrays = [x for part in parts for x in jax.tree.leaves(of_indices(part))]
-    lengths = [len(x) for part in parts for x in part.prefix_lengths]
-    shown = [*lengths, *map(len, arrays)], [x.shape[1] for x in arrays if x.ndim > 2]
     return [
-        _count(mask, letter, name, count, max(sizes, default=1))
-        for letter, (name, count), sizes in zip("bn", counts.items(), shown)
+        _count(mask, letter, name, count, shown)
+        for letter, (name, count), shown in zip("bn", given.items(), counts(mask))
     ]
 
 

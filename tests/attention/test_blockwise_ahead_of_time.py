@@ -85,5 +85,5 @@ def test_functions_of_pairs_compile_with_queries_along_lanes(monkeypatch):
         return dot_product_attention(q, k, v, **how).astype("float32").sum()
 
     program = ahead_of_time.compile(jax.grad(loss, (0, 1, 2, 3)), (x, x, x, floats))
-    assert True in orders  # and False, where only types are asked for
+    assert any(orders), "no tile of the program has its queries along the lanes"
     assert "tpu_custom_call" not in program.as_text()

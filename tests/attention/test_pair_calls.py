@@ -154,3 +154,42 @@ def test_laws_of_the_algebra(name):
     np.testing.assert_array_equal(shown(~~mask), shown(mask), name)
     assert not shown(mask & ~mask).any()
     assert shown(mask | ~mask).all()
+
+
+STEEP = {
+    "log": lambda x, gain: jnp.log(x) * gain,
+    "root": lambda x, gain: jnp.sqrt(jnp.abs(x)) * gain,
+    "inverse": lambda x, gain: gain / x,
+}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "blocks"),
+    [
+        ("reference", None),
+        ("blockwise", (8, 4)),
+        pytest.param("pallas_interpreted", None, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", STEEP)
+def test_a_slope_without_end_where_nothing_attends(name, implementation, blocks):
+    """Of removed queries, and of what fills up tiles, the logits are 0: 0 times inf is NaN."""
+    lengths = {"query": jnp.arange(Z.T) < Z.T - 4, "key": jnp.arange(Z.S) < Z.S - 3}
+    near, sides = Mask.function(lambda b, n, t, s: s <= t + 3), ("query", "key", "key")
+    heads, gains = [abs(x) for x in QKV], jnp.arange(1.0, Z.N + 1)
+    real = [x[:, lengths[side]] for x, side in zip(heads, sides)]
+
+    def gradients(heads, mask, **call):
+        def loss(heads, gains):
+            score = lambda x, b, n, t, s: STEEP[name](x, gains[n])
+            return (dot_product_attention(*heads, mask=mask, score=score, **call) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(heads, gains)
+
+    wanted, d_wanted = gradients(real, near, implementation="reference")
+    call = {"implementation": implementation, "block_sizes": blocks}
+    ours, d_gains = gradients(heads, near & Mask.padding(**lengths), **call)
+    for side, x, y in zip(sides, ours, wanted):
+        assert_close(x[:, lengths[side]], y, "float32", side)
+        assert not x[:, ~lengths[side]].any(), f"a removed {side} has a gradient"
+    assert_close(d_gains, d_wanted, "float32", "gains")

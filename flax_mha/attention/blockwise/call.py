@@ -182,17 +182,22 @@ def tile_logits(
         bias_nts = skew(terms.values_nl, tiling.t, tiling.s).astype(split.dtype)
         bias_bkGts = bias_nts.reshape(1, tiling.k, tiling.G, tiling.t, tiling.s)
         split += order.beside(bias_bkGts, tiling)
-    pull = None
+    pull, may_attend = None, _allowed(tiling, blocks, tile, order) if masked else None
     if blocks.score is not None:
-        of = functools.partial(scored, blocks.score, tiling, order, tile)
+        of = functools.partial(scored, blocks.score, tiling, order, tile, may_attend)
         split, pull = jax.vjp(of, split, terms.score)
-    if masked:
-        repeats = order.repeats(tiling)
-        allowed_bkGts = allowed(tiling, blocks.mask, tile, repeats)
-        allowed_bkGts = also_allowed(tiling, blocks.where, tile, repeats, allowed_bkGts)
-        split = jnp.where(order.beside(allowed_bkGts, tiling), split, -jnp.inf)
+    if may_attend is not None:
+        split = jnp.where(may_attend, split, -jnp.inf)
     shape = logits_rs.shape
     return TileLogits(split.reshape(shape), slope_rs, _of_rows(pull, split.shape, shape))
+
+
+def _allowed(tiling: Tiling, blocks: Blocks, tile: Tile, order: Order) -> Array:
+    """What the mask leaves of a tile, beside its logits as `order` split them."""
+    repeats = order.repeats(tiling)
+    allowed_bkGts = allowed(tiling, blocks.mask, tile, repeats)
+    allowed_bkGts = also_allowed(tiling, blocks.where, tile, repeats, allowed_bkGts)
+    return order.beside(allowed_bkGts, tiling)
 
 
 def _of_rows(pull: Any, split: Shape, shape: Shape) -> Any:

@@ -27,25 +27,26 @@ def where_needed(plan: Plan, blocks: Blocks, tile: Tile, compute: Any, otherwise
     return jax.lax.cond(functools.reduce(operator.and_, checks), compute, otherwise)
 
 
-def key_loop(
-    plan: Plan, blocks: Blocks, at: tuple[Array, Array, Array], step: Any, carry: Any
-) -> Any:
+Lane = tuple[Array, Array, Array]  # first example, first key/value head, block
+
+
+def key_loop(plan: Plan, blocks: Blocks, at: Lane, step: Any, carry: Any) -> Any:
     """`carry = step(masked, j, carry)` over the key blocks that query block i may attend to."""
-    (b, k, i), needed = at, blocks.needed_bnQJ
-    spans = key_spans(plan.tiling, blocks.mask, b, i, bool(blocks.where))
-    if needed is not None:
-        spans = narrowed(spans, lanes_need(plan.tiling, needed, b, k)[i])
-    return loop(spans, step, carry)
+    return _lane_loop(plan, blocks, at, (key_spans, 0), step, carry)
 
 
-def query_loop(
-    plan: Plan, blocks: Blocks, at: tuple[Array, Array, Array], step: Any, carry: Any
-) -> Any:
+def query_loop(plan: Plan, blocks: Blocks, at: Lane, step: Any, carry: Any) -> Any:
     """`carry = step(masked, i, carry)` over the query blocks that may attend to key block j."""
-    (b, k, j), needed = at, blocks.needed_bnQJ
-    spans = query_spans(plan.tiling, blocks.mask, b, j, bool(blocks.where))
-    if needed is not None:
-        spans = narrowed(spans, lanes_need(plan.tiling, needed, b, k)[:, j])
+    return _lane_loop(plan, blocks, at, (query_spans, 1), step, carry)
+
+
+def _lane_loop(plan: Plan, blocks: Blocks, at: Lane, side: Any, step: Any, carry: Any) -> Any:
+    """`side` = (what tells the spans of a block, the axis along which that block stands)."""
+    (b, k, block), (spans_of, axis) = at, side
+    spans = spans_of(plan.tiling, blocks.mask, b, block, bool(blocks.where))
+    if blocks.needed_bnQJ is not None:
+        needed_QJ = lanes_need(plan.tiling, blocks.needed_bnQJ, b, k)
+        spans = narrowed(spans, jax.lax.dynamic_index_in_dim(needed_QJ, block, axis, False))
     return loop(spans, step, carry)
 
 

@@ -17,6 +17,7 @@ from flax_mha.attention.blockwise.tiles import (
     scores_place,
     slice_at,
 )
+from flax_mha.attention.logits import unforbidden
 from flax_mha.core.pairs.separated import Separated
 from flax_mha.core.typing import Array
 
@@ -35,13 +36,19 @@ def also_allowed(
 
 
 def scored(
-    score: Separated, tiling: Tiling, order: Order, tile: Tile, split: Array, moving: Any
+    score: Separated,
+    tiling: Tiling,
+    order: Order,
+    tile: Tile,
+    allowed: Array | None,
+    split: Array,
+    moving: Any,
 ) -> Array:
     """score(logits), of logits that `order` split; `moving` are its floats' parts of the tile."""
     taken = tuple(of_scores(tiling, x, tile) for x in score.operands)
     whole = dataclasses.replace(score, operands=taken).with_moving(moving)
     operands = [order.beside(x, tiling) for x in whole.operands]
-    return whole.at(operands, whole.tables, split)
+    return whole.at(operands, whole.tables, unforbidden(split, allowed))
 
 
 def moving_of(tiling: Tiling, score: Separated, tile: Tile) -> dict[str, Array]:

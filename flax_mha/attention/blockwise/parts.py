@@ -156,11 +156,21 @@ class Scores(Part):
         return put_at(x, part.reshape(size), start)
 
 
-class Operands(Scores):
+class Edged(Part):
+    """Of a call with a score: a function, or its slope, might make a NaN of zeros."""
+
     def fill(self, tiling: Tiling, x: Array) -> Array:
-        """Behind the ends what stands at them: a function might make a NaN of zeros."""
+        """Behind the ends what stands at them."""
         more = [(0, after - before) for before, after in zip(x.shape, self.filled(tiling))]
         return jnp.pad(x, more, mode="edge")
+
+
+class Operands(Edged, Scores):
+    pass
+
+
+class ScoredQueries(Edged, Queries):
+    pass
 
 
 class Table(Part):

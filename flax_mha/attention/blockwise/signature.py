@@ -15,6 +15,7 @@ from flax_mha.attention.blockwise.parts import (
     Operands,
     Part,
     Queries,
+    ScoredQueries,
     Scores,
     Table,
 )
@@ -36,6 +37,7 @@ KINDS: dict[str, Any] = {
     "operand": Operands,  # of a score function, numbered
     "table": Table,
 }
+SCORED = {"query": ScoredQueries}  # of a call with a score function
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +65,8 @@ class Signature:
 
     @classmethod
     def of(cls, options: Options, facts: Facts, arrays: dict[str, Array]) -> Any:
-        parts = tuple(KINDS[name.rstrip(digits)].of(x) for name, x in arrays.items())
+        kinds = KINDS if facts.score is None else KINDS | SCORED
+        parts = tuple(kinds[name.rstrip(digits)].of(x) for name, x in arrays.items())
         return cls(options, jax.tree.structure(facts), tuple(arrays), parts)
 
     @property

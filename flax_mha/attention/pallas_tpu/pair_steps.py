@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_mha.core.pairs.jaxprs import INLINED, bind, opened
 from flax_mha.core.typing import Array
 
-CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+CALLS = (*INLINED, "custom_jvp_call", "custom_vjp_call")
 NAMES = """
     abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp clz convert_element_type
     copy cos div eq erf_inv exp exp2 floor ge gt integer_pow is_finite le log log1p logistic lt max
@@ -71,7 +72,7 @@ def _inner(eqn: Any) -> tuple[Any, Any] | None:
     if eqn.primitive.name not in CALLS:
         return None
     called = next(eqn.params[x] for x in ("jaxpr", "call_jaxpr", "fun_jaxpr") if x in eqn.params)
-    return getattr(called, "jaxpr", called), getattr(called, "consts", ())
+    return opened(called)
 
 
 def _run(jaxpr: Any, consts: Any, arrays: Any) -> list[Any]:
@@ -90,11 +91,7 @@ def _step(eqn: Any, values: list[Any]) -> list[Any]:
     replaced = None if rule is None else rule(*values)
     if replaced is not None:
         return [replaced]
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    # JAX before 0.11 hands over functions among the parameters apart.
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    results = eqn.primitive.bind(*functions, *values, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
+    return bind(eqn.primitive, values, eqn.params)
 
 
 # --- what Mosaic lowers otherwise, if at all; None = as it is -------------------------------------

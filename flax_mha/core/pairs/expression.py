@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core.errors import fail
+from flax_mha.core.pairs.jaxprs import INLINED, bind, opened
 from flax_mha.core.typing import Array, Shape
 from flax_mha.core.varying import varying_alike, varying_axes
 
-INLINED = ("jit", "pjit", "closed_call")  # calls whose insides are steps like any others
 # What says where a number is, or that it varies: of where it was traced, not of where it is run.
 CASTS = ("pvary", "reshard")
 
@@ -66,12 +66,8 @@ class Step:
             given = "a loop, or a derivative of its own, as `jax.nn.relu` has"
             remedy = "Write `jnp.maximum(x, 0)`; or `jax.shard_map(..., check_vma=False)`."
             fail(NotImplementedError, rule, given, remedy)
-        bound = self.primitive.get_bind_params(self.params)
-        # JAX before 0.11 hands over functions among the parameters apart.
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)
         # JAX's own functions do so; in a `jax.shard_map` a number that stands here varies nowhere.
-        results = self.primitive.bind(*functions, *varying_alike(values), **params)
-        return list(results) if self.primitive.multiple_results else [results]
+        return bind(self.primitive, varying_alike(values), self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +138,7 @@ def traced(function: Callable[..., Any], *types: Any) -> Traced:
     with _on_no_mesh():
         jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*types)
     flat = _Flat()
-    inner, consts = _opened(jaxpr)
+    inner, consts = opened(jaxpr)
     inputs = [flat.variable(x.aval) for x in inner.invars]
     outputs = flat.inline(inner, consts, list(inputs))
     first = outputs[0] if outputs else Constant.of(0, "int32")
@@ -213,7 +209,7 @@ class _Flat:
             atoms = [self.atom(env, x) for x in eqn.invars]
             name = eqn.primitive.name
             if name in INLINED:
-                atoms = self.inline(*_opened(eqn.params.get("jaxpr")), atoms)
+                atoms = self.inline(*opened(eqn.params.get("jaxpr")), atoms)
             elif name == "cond":
                 atoms = self.select(eqn.params["branches"], atoms, [x.aval for x in eqn.outvars])
             if name in (*INLINED, *CASTS, "cond"):
@@ -226,7 +222,7 @@ class _Flat:
     def select(self, branches: Any, atoms: list[Atom], avals: list[Any]) -> list[Atom]:
         """All branches, and of their results those of one: as it is of many numbers at once."""
         which, *inputs = atoms
-        found = [self.inline(*_opened(branch), inputs) for branch in branches]
+        found = [self.inline(*opened(branch), inputs) for branch in branches]
         steps = (Step(jax.lax.select_n_p, {}, (which, *cases), (), ()) for cases in zip(*found))
         return [x for step, aval in zip(steps, avals) for x in self.results(step, [aval])]
 
@@ -248,11 +244,6 @@ class _Flat:
         return Constant.of(x.val, x.aval.dtype)
 
 
-def _opened(jaxpr: Any) -> tuple[Any, Any]:
-    """(the jaxpr itself, its constants), of an open one or a closed one."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
 def frozen(params: dict[str, Any]) -> Any:
     """Parameters as what is compared and hashed: jaxprs by their steps, others by themselves."""
     return tuple((name, _frozen(value)) for name, value in sorted(params.items()))
@@ -262,7 +253,7 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_frozen, value))
     if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-        flat, (inner, consts) = _Flat(), _opened(value)
+        flat, (inner, consts) = _Flat(), opened(value)
         inputs = [flat.variable(x.aval) for x in inner.invars]
         outputs = flat.inline(inner, consts, list(inputs))
         arrays = tuple(id(array) for array in flat.arrays.values())
