@@ -67,7 +67,9 @@ def dot_product_attention(
         score: `score(logits, b, n, t, s) -> logits`, what becomes of the logit of query t of
             example b and head n with key s, after all biases and before the mask: a function of
             numbers that is traced once, like those of `Mask.function`. What it closes over has
-            gradients; see `python -m flax_mha guide pair_functions`.
+            gradients. In a `jax.vmap` or `jax.shard_map` around the call b, n, t and s count that
+            call's own arrays; along a `context_axis` t and s are places in the whole sequence. See
+            `python -m flax_mha guide pair_functions`.
         distance_bias: a `DistanceBias`, added likewise: floats by head and distance alone.
         sinks: floats `[N]`, a logit for each head that attends to nothing and joins the softmax;
             -inf = none. Of parts that are merged, one takes them.

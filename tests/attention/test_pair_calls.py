@@ -1,10 +1,12 @@
 """Functions of pairs beside the other arguments of a call, and the algebra of masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, normal
+from helpers import assert_close, normal, x64
 from pair_examples import CASES, JOINED, MASKS, PLAIN, SCORES, assert_all_close, closed, run
 from pair_oracles import (
     allowed_by_loops,
@@ -30,8 +32,7 @@ DISTANCE = np.arange(Z.S) - np.arange(Z.T)[:, None]
 def test_the_flags_of_the_call_join_the_function(implementation, blocks):
     mask = Mask.function(lambda b, n, t, s: (t + s) % 2 == 0)
     options = {"implementation": implementation, "block_sizes": blocks}
-    call = {"is_causal": True, "local_window_size": (6, None)}
-    call["local_window_size"] = 6
+    call = {"is_causal": True, "local_window_size": 6}
     dense = ((np.arange(Z.T)[:, None] + np.arange(Z.S)) % 2 == 0) & (DISTANCE <= 0)
     result = dot_product_attention(*QKV, mask=mask, **call, **options)
     wanted = dot_product_attention(*QKV, mask=dense & (DISTANCE >= -6), implementation="reference")
@@ -54,6 +55,26 @@ def test_the_score_comes_after_cap_and_biases_and_before_the_mask(implementation
     powers = np.exp(x)
     weights = powers / (powers.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None])
     assert_close(result, np.einsum("bnts,bsnv->btnv", weights, value), "float32")
+
+
+@PLAIN
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_score_of_another_float(dtype, implementation, blocks):
+    """It is made a logit again: of a cast by hand, or of a table in float64."""
+    options = {"implementation": implementation, "block_sizes": blocks}
+
+    def gradients(*casts):
+        def score(x, b, n, t, s):
+            return functools.reduce(lambda x, dtype: x.astype(dtype), casts, 2 * x)
+
+        def loss(*heads):
+            return (dot_product_attention(*heads, score=score, **options) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*QKV)
+
+    with x64():
+        for ours, wanted in zip(gradients(dtype), gradients(dtype, "float32"), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
 
 
 @PLAIN

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, normal
+from jax import export
 from pair_examples import CASES, MASKS, PLAIN, SCORES, closed
 from pair_oracles import attend, expected, floating, probe_of
 
@@ -40,6 +41,27 @@ def test_vmap_over_what_is_closed_over(name, implementation, blocks):
         alone = jax.jit(one)({name: x[i] for name, x in stacked.items()})
         for ours, wanted in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             assert_close(ours[i], wanted, "float32", name)
+
+
+@PLAIN
+@pytest.mark.parametrize("symbols", ["b", "b, t"])
+def test_export_leaves_sizes_open(symbols, implementation, blocks):
+    """Of what is closed over too: an index that is looked up may then be below 0."""
+    open_sizes = dict(zip(symbols.split(", "), export.symbolic_shape(symbols)))
+    B, T = (open_sizes.get(letter, size) for letter, size in (("b", 2), ("t", 30)))
+    types = [jax.ShapeDtypeStruct(x, "float32") for x in ((B, T, 2, 8), (2, T))]
+    options = {"implementation": implementation, "block_sizes": blocks}
+
+    def loss(x, decay, ids):
+        mask = Mask.function(lambda b, n, t, s: (ids[b, t] == ids[b, s]) & (s <= t))
+        score = lambda x, b, n, t, s: x + decay[n, t] - decay[n, s]
+        return (dot_product_attention(x, x, x, mask=mask, score=score, **options) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    program = export.export(gradient)(*types, jax.ShapeDtypeStruct((B, T), "int32"))
+    arrays = normal(0, 2, 30, 2, 8), normal(1, 2, 30), jnp.arange(60).reshape(2, 30) // 11
+    for ours, wanted in zip(program.call(*arrays), gradient(*arrays), strict=True):
+        assert_close(ours, wanted, "float32", symbols)
 
 
 @PLAIN

@@ -73,15 +73,16 @@ def is_needed(tiling: Tiling, needed_bnQJ: Array, tile: Tile) -> Array:
     b, n, _, _ = needed_bnQJ.shape
     place = (tile.b, tile.k * tiling.G, tile.t // tiling.t, tile.s // tiling.s)
     start = tuple(0 if size == 1 else x for size, x in zip((b, n, 0, 0), place))
-    size = (min(b, tiling.b), min(n, tiling.k * tiling.G), 1, 1)
+    size = (1 if b == 1 else tiling.b, 1 if n == 1 else tiling.k * tiling.G, 1, 1)
     return slice_at(needed_bnQJ, start, size).any()
 
 
 def narrowed(spans: list[Span], needed_L: Array) -> list[Span]:
     """The spans from the first block that is needed to the last one."""
-    if len(needed_L) == 1:
+    (L,) = needed_L.shape  # perhaps a symbol
+    if L == 1:
         return spans
-    blocks = jnp.int32(len(needed_L))
+    blocks = jnp.asarray(L, "int32")
     first = jnp.argmax(needed_L).astype("int32")
     stop = jnp.where(needed_L.any(), blocks - jnp.argmax(needed_L[::-1]).astype("int32"), 0)
     return [
@@ -94,5 +95,5 @@ def lanes_need(tiling: Tiling, needed_bnQJ: Array, b: Array, k: Array) -> Array:
     """`[Q, J]`: whether an example or head of these lanes needs a tile."""
     B, n, Q, J = needed_bnQJ.shape
     start = (0 if B == 1 else b, 0 if n == 1 else k * tiling.G, 0, 0)
-    size = (min(B, tiling.b), min(n, tiling.k * tiling.G), Q, J)
+    size = (1 if B == 1 else tiling.b, 1 if n == 1 else tiling.k * tiling.G, Q, J)
     return slice_at(needed_bnQJ, start, size).any((0, 1))

@@ -12,7 +12,11 @@ LENGTHS = (4096, 8192, 16384, 32768)  # for memory
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of attention; B = 1, S = T, V = H. A gradient is of all floats, biases too."""
+    """One call of attention; B = 1, S = T, V = H. A gradient is of all floats, biases too.
+
+    `by_functions`: the same window, segments and soft cap as functions of a pair of query and key,
+    and for a bias of distances that of ALiBi, with a slope for each head.
+    """
 
     name: str
     dtype: str = "bfloat16"
@@ -27,6 +31,7 @@ class Case:
     bias: bool = False
     distance_bias: bool = False
     dropout: float = 0.0
+    by_functions: bool = False
 
     def data(self, T: int) -> dict[str, Any]:
         """Shapes and dtypes of the call's arrays, by name; those of `floats` have a gradient."""
@@ -39,7 +44,8 @@ class Case:
         if self.bias:
             arrays["bias"] = struct((1, self.N, T, T), jnp.dtype(self.dtype))
         if self.distance_bias:
-            arrays["distances"] = struct((self.N, 2 * T - 1), jnp.dtype("float32"))
+            distances = (self.N,) if self.by_functions else (self.N, 2 * T - 1)
+            arrays["distances"] = struct(distances, jnp.dtype("float32"))
         if self.segments:
             arrays["ids"] = struct((1, T), jnp.dtype("int32"))
         if self.padding:
@@ -65,5 +71,10 @@ CASES = {
         Case("distance_bias", distance_bias=True),
         Case("dropout=0.1", dropout=0.1),
         Case("grouped", K=2),
+        Case("f: causal", by_functions=True),
+        Case("f: window=1023", window=1023, by_functions=True),
+        Case("f: segments", segments=True, by_functions=True),
+        Case("f: soft_cap", soft_cap=30.0, by_functions=True),
+        Case("f: ALiBi", distance_bias=True, by_functions=True),
     )
 }

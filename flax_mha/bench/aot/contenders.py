@@ -61,7 +61,12 @@ def _attend(name: str, case: Case, data: Data) -> Array:
 
 def _call(case: Case, data: Data) -> dict[str, Any]:
     """The arguments of `dot_product_attention`."""
-    call: dict[str, Any] = {name: data[name] for name in ("query", "key", "value")}
+    heads = {name: data[name] for name in ("query", "key", "value")}
+    return heads | (_by_functions if case.by_functions else _built_in)(case, data)
+
+
+def _built_in(case: Case, data: Data) -> dict[str, Any]:
+    call: dict[str, Any] = {}
     mask = Mask.causal() if case.is_causal else Mask()
     if case.window is not None:
         mask &= Mask.window(case.window, 0)
@@ -78,13 +83,31 @@ def _call(case: Case, data: Data) -> dict[str, Any]:
     )
 
 
+def _by_functions(case: Case, data: Data) -> dict[str, Any]:
+    """The same masks, with the causal one in them, and one score, as functions of a pair."""
+    ids, slopes, cap = data.get("ids"), data.get("distances"), case.soft_cap or 1.0
+
+    def allowed(b: Array, n: Array, t: Array, s: Array) -> Array:
+        near = True if case.window is None else t - s <= case.window
+        together = True if ids is None else ids[b, t] == ids[b, s]
+        return (s <= t) & near & together
+
+    def score(x: Array, b: Array, n: Array, t: Array, s: Array) -> Array:
+        if slopes is not None:
+            return x - slopes[n] * (t - s).astype(x.dtype)
+        return cap * jnp.tanh(x / cap)
+
+    has_score = case.distance_bias or case.soft_cap is not None
+    return dict(mask=Mask.function(allowed), score=score if has_score else None)
+
+
 def _reason(name: str, case: Case, T: int) -> str | None:
     """What `explain` says of it."""
     told: dict[str, str] = {}
     jax.eval_shape(
         lambda data: told.update(explain(**_call(case, data), platform="tpu")), case.data(T)
     )
-    return None if told[name].partition(",")[0] == "ok" else told[name]
+    return None if told[name].startswith("ok") else told[name]
 
 
 # --- splash -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from flax_mha.core.varying import varying_alike, varying_axes
 
 # What says where a number is, or that it varies: of where it was traced, not of where it is run.
 CASTS = ("pvary", "reshard")
+SIZE = "dim_as_value"  # that of an array whose size is a symbol: a number of the trace around it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +229,8 @@ class _Flat:
 
     def results(self, step: Step, avals: list[Any]) -> tuple[Atom, ...]:
         """Variables; of constants alone constants, so that a divisor is known to be one."""
+        if step.primitive.name == SIZE:
+            return tuple(map(self.array, step.run(), avals))
         if not step.variables and not any(aval.shape for aval in avals):
             with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(NO_MESH):
                 values = step.run(*(read({}, x) for x in step.inputs))

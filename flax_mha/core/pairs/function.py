@@ -100,10 +100,17 @@ def score_function(function: Any, dtype: DType) -> PairFunction:
         TypeError: what is no function of five numbers, gives no logit, or asks Python about one.
         ValueError: another shape than that of a number, or another function each time.
     """
-    pair = _pair_function(SCORE, function, (str(jnp.dtype(dtype)), *INDICES))
+    own = str(jnp.dtype(dtype))
+    pair = _pair_function(SCORE, function, (own, *INDICES))
     if not jnp.issubdtype(pair.expression.dtype, jnp.floating):
         _fail_result(SCORE, pair.expression.dtype)
-    return pair
+    return pair if pair.expression.dtype == own else _cast(function, dtype)
+
+
+def _cast(score: Callable[..., Any], dtype: DType) -> PairFunction:
+    """The score of another float, of a table in float64 or a cast of its own, as a logit."""
+    cast = lambda logits, *indices: jnp.asarray(score(logits, *indices)).astype(dtype)  # noqa: E731
+    return score_function(cast, dtype)
 
 
 def _fail_result(kind: Kind, received: str) -> NoReturn:

@@ -183,4 +183,4 @@ def _value(
     x = of(*(places[letter] for letter in letters))
     if not letters:
         return x
-    return x.reshape([len(places[letter]) if letter in letters else 1 for letter in LETTERS])
+    return x.reshape([places[y].shape[0] if y in letters else 1 for y in LETTERS])

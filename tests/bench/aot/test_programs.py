@@ -10,7 +10,8 @@ import pytest
 from flax_mha.bench.aot.cases import CASES
 from flax_mha.bench.aot.contenders import CONTENDERS, program
 
-WITHOUT = {"bias": "bias", "distance_bias": "bias", "dropout=0.1": "dropout"}
+WITHOUT = {"bias": "bias", "distance_bias": "bias", "dropout=0.1": "dropout", "f: ALiBi": "bias"}
+BUILT_IN = {f"f: {name}": name for name in ("causal", "window=1023", "segments", "soft_cap")}
 
 
 @pytest.mark.parametrize("gradient", [True])  # which needs the forward pass
@@ -37,6 +38,19 @@ def numbers(data):
     places = np.arange(256)[None]
     arrays |= {"ids": places // 100, "real": places < 200}
     return {name: jnp.asarray(arrays[name], x.dtype) for name, x in data.items()}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_functions_compute_what_is_built_in(name):
+    """Their figures are those of the same function, gradient included."""
+    results = []
+    for case in (CASES[name], CASES[BUILT_IN[name]]):
+        case = dataclasses.replace(case, dtype="float32", N=2, K=2, window=case.window and 100)
+        data = numbers(case.data(256))
+        function, _ = program(CONTENDERS["blockwise"], case, 256, True)
+        results.append(jax.jit(function)(data, data["query"]))
+    for ours, built_in in zip(*map(jax.tree.leaves, results)):
+        np.testing.assert_allclose(ours, built_in, atol=2e-5)
 
 
 @pytest.mark.slow
