@@ -14,6 +14,7 @@ from flax_mha.attention import explain as explain
 from flax_mha.attention import zigzag_inverse as zigzag_inverse
 from flax_mha.attention import zigzag_order as zigzag_order
 from flax_mha.config import Latent as Latent
+from flax_mha.config import Lora as Lora
 from flax_mha.config import MultiHeadAttentionConfig as MultiHeadAttentionConfig
 from flax_mha.decoding import init_cache as init_cache
 from flax_mha.decoding import init_cross_cache as init_cross_cache
@@ -28,7 +29,10 @@ from flax_mha.masks import Mask as Mask
 from flax_mha.masks import Neighborhood as Neighborhood
 from flax_mha.masks import block_mask as block_mask
 from flax_mha.params import init_params as init_params
+from flax_mha.params import lora_params as lora_params
+from flax_mha.params import merge_lora as merge_lora
 from flax_mha.params import param_shapes as param_shapes
+from flax_mha.params import split_lora as split_lora
 from flax_mha.scores import attention_scores as attention_scores
 from flax_mha.sharding import param_axes as param_axes
 from flax_mha.sharding import param_specs as param_specs

@@ -34,7 +34,8 @@ GROUPS = {
         "layer.equation",
         "config.config",
         "config.latent",
-        "params",
+        "params.tree",
+        "params.initial",
     ),
     "Attention of arrays": (
         "attention.dispatch",
@@ -51,7 +52,7 @@ GROUPS = {
         "attention.context_parallel",
         "attention.context.layout",
     ),
-    "Training": ("training.losses", "training.updates"),
+    "Training": ("training.losses", "training.updates", "params.lora", "config.lora"),
 }
 
 
@@ -135,15 +136,15 @@ def exports() -> dict[str, list[str]]:
     return names
 
 
-def handed_on(module: str) -> list[str]:
-    """The names that a folder's face hands on: those that it imports as themselves."""
-    return [
-        alias.name
+def handed_on(module: str) -> dict[str, str]:
+    """The names that a folder's face hands on, those that it imports as themselves: from where."""
+    return {
+        alias.name: str(node.module)
         for node in ast.parse(_source(module)).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.asname == alias.name
-    ]
+    }
 
 
 def submodules() -> list[str]:
@@ -156,10 +157,12 @@ def submodules() -> list[str]:
 def _rooms(folder: str) -> list[str]:
     """A folder that hands on more than `__init__.py` does; of one that gathers modules, those."""
     names = handed_on(folder)
-    inner = [f"{folder}.{name}" for name in names if importlib.util.find_spec(f"{folder}.{name}")]
+    files = {module.name for module in pkgutil.iter_modules([str(_path(folder).parent)])}
+    inner = [f"{folder}.{name}" for name in names if name in files]
     if inner and len(inner) == len(names):
         return inner
-    return [folder] if set(names) - set(handed_on("flax_mha")) else []
+    above = handed_on("flax_mha")
+    return [] if all(above.get(name, "").startswith(folder) for name in names) else [folder]
 
 
 def _file(module: str) -> list[str]:
@@ -172,7 +175,7 @@ def commands() -> list[str]:
     """The packages that `python -m` runs."""
     modules = pkgutil.iter_modules(flax_mha.__path__, "flax_mha.")
     packages = [module.name for module in modules if module.ispkg]
-    return [name for name in packages if importlib.util.find_spec(f"{name}.__main__")]
+    return [name for name in packages if _path(name).with_name("__main__.py").exists()]
 
 
 def implementations() -> dict[str, str]:
@@ -206,8 +209,12 @@ def summary(module: str) -> str:
 
 
 def _source(module: str) -> str:
+    return _path(module).read_text()
+
+
+def _path(module: str) -> pathlib.Path:
     spec: Any = importlib.util.find_spec(module)
-    return pathlib.Path(spec.origin).read_text()
+    return pathlib.Path(spec.origin)
 
 
 def first_line(docstring: str | None) -> str:

@@ -16,6 +16,7 @@ from flax_mha.core import boxes, checks
 from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.layer import CrossCache, KVCache
+from flax_mha.layer.adapters import LoraCall, adapted, checked_lora
 from flax_mha.layer.arguments import Restrictions, check_source
 from flax_mha.layer.cached_call import (
     check_limit,
@@ -26,7 +27,7 @@ from flax_mha.layer.cached_call import (
 from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import cross_cache_spec
-from flax_mha.params import features_of
+from flax_mha.params.tree import features_of
 
 
 def init_cache(
@@ -109,6 +110,8 @@ def init_cross_cache(
     config: MultiHeadAttentionConfig,
     value_mask: Array | None = None,
     max_queries: int | None = None,
+    lora: ParamsLike | None = None,
+    lora_scale: Any = 1.0,
 ) -> CrossCache:
     """An encoder's keys and values, projected once for all steps of a decoder.
 
@@ -120,6 +123,8 @@ def init_cross_cache(
         value_mask: booleans `[B, S]`, True = real.
         max_queries: the most queries that an example will have, all calls together; None = no
             limit. ALiBi and relative biases need it: they are tables of all distances.
+        lora: low-rank adapters, those of the calls that will read the cache.
+        lora_scale: the factor of what they add.
 
     Returns:
         A `CrossCache`: pass it as `cache=`, with `value=None`, and the one that comes back to the
@@ -150,7 +155,8 @@ def init_cross_cache(
     check_no_grid(config)
     key = value if key is None else key
     check_source(config, (None, value, key))
-    cache = _project_source(params, value, key, mask, config=config)
+    adapters = checked_lora(LoraCall(lora, lora_scale))
+    cache = _project_source(params, value, key, mask, adapters, config=config)
     return dataclasses.replace(cache, max_queries=max_queries)
 
 
@@ -160,6 +166,7 @@ def _project_source(
     value: Array,
     key: Array,
     mask: Array | None,
+    lora: LoraCall | None,
     *,
     config: MultiHeadAttentionConfig,
 ) -> CrossCache:
@@ -171,7 +178,7 @@ def _project_source(
         checked_folding(params, (_no_query(params, value), value, key), config)
         return cross_cache_spec(params, value, key, mask)
 
-    return with_auto_axes(run, placed, params, value, key, mask)
+    return with_auto_axes(run, placed, params, value, key, mask, lora)
 
 
 def _no_query(params: ParamsLike, value: Array) -> jax.ShapeDtypeStruct:
@@ -185,12 +192,13 @@ def _projected(
     value: Array,
     key: Array,
     mask: Array | None,
+    lora: LoraCall | None,
     config: MultiHeadAttentionConfig,
 ) -> CrossCache:
     query = _no_query(params, value)
     nobody = jnp.zeros(query.shape, query.dtype)
     call = prepare(params, (nobody, value, key), Restrictions(value_mask=mask), config, False)
-    batch, heads = call.folding.batch, heads_of(params, call, config, cached=True)
+    batch, heads = call.folding.batch, heads_of(adapted(params, lora), call, config, cached=True)
     fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731
     return CrossCache(
         fold(heads.key()),

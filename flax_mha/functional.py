@@ -9,6 +9,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey
 from flax_mha.layer import Activations, CrossCache, KVCache
+from flax_mha.layer.adapters import LoraCall, checked_lora
 from flax_mha.layer.arguments import (
     Arrays,
     Restrictions,
@@ -40,6 +41,10 @@ def multi_head_attention(
     positions: Array | tuple[Array, Array] | None = None,
     cache: KVCache | CrossCache | None = None,
     dropout_start: Any = None,
+    lora: ParamsLike | None = None,
+    lora_scale: Any = 1.0,
+    lora_dropout: float = 0.0,
+    lora_dropout_key: PRNGKey | None = None,
 ) -> Any:
     """Keras's MultiHeadAttention as a pure function of explicit parameters.
 
@@ -81,6 +86,12 @@ def multi_head_attention(
             all attended ones; with a cache t counts the queries of the call alone, s the keys that
             it shows. Inside `jax.shard_map` or `jax.pmap` every shard draws the bits of the first
             one without it, or without a key of its own by `jax.random.fold_in`.
+        lora: low-rank adapters of the projections, a tree as `lora_params` makes it; computed in
+            the dtype that the call has without them.
+        lora_scale: a number, traced or not, the factor of what they add: alpha / rank.
+        lora_dropout: probability in [0, 1) of dropping a number that an adapter reads; acts only
+            with `lora_dropout_key`.
+        lora_dropout_key: one PRNG key; None = no dropout of the adapters.
 
     Returns:
         The output `[B, T, *E]`, then the attention_scores `[B, N, T, S]` if asked for (with a
@@ -122,7 +133,8 @@ def multi_head_attention(
     )
     flags = Flags(use_causal_mask, return_attention_scores, return_projections=False)
     arrays = (query, value, value if key is None else key)
-    activations = _run(params, arrays, restrictions, dropout_key, cache, config, flags)
+    lora_call = LoraCall(lora, lora_scale, lora_dropout, lora_dropout_key)
+    activations = _run(params, arrays, restrictions, dropout_key, cache, lora_call, config, flags)
     return results(activations, return_attention_scores)
 
 
@@ -144,6 +156,10 @@ def forward(
     return_attention_scores: bool = False,
     dropout_key: PRNGKey | None = None,
     cache: KVCache | CrossCache | None = None,
+    lora: ParamsLike | None = None,
+    lora_scale: Any = 1.0,
+    lora_dropout: float = 0.0,
+    lora_dropout_key: PRNGKey | None = None,
     **restrictions: Any,
 ) -> Activations:
     """`multi_head_attention` with everything it computed: what `activity_loss` needs.
@@ -158,6 +174,10 @@ def forward(
         return_attention_scores: fill `attention_scores`.
         dropout_key: one PRNG key; None = no dropout.
         cache: a `KVCache` or a `CrossCache`; with one, the projections are None.
+        lora: low-rank adapters of the projections.
+        lora_scale: the factor of what they add.
+        lora_dropout: probability of dropping a number that an adapter reads.
+        lora_dropout_key: one PRNG key; None = no dropout of the adapters.
         **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids,
             positions, dropout_start.
 
@@ -178,7 +198,8 @@ def forward(
     flags = Flags(use_causal_mask, return_attention_scores, return_projections=cache is None)
     arrays = (query, value, value if key is None else key)
     restricted = Restrictions(**_known_restrictions(restrictions))
-    return _run(params, arrays, restricted, dropout_key, cache, config, flags)
+    lora_call = LoraCall(lora, lora_scale, lora_dropout, lora_dropout_key)
+    return _run(params, arrays, restricted, dropout_key, cache, lora_call, config, flags)
 
 
 def _known_restrictions(given: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +215,7 @@ def _run(
     restrictions: Restrictions,
     dropout_key: PRNGKey | None,
     cache: KVCache | CrossCache | None,
+    lora: LoraCall,
     config: MultiHeadAttentionConfig,
     flags: Flags,
 ) -> Activations:
@@ -207,4 +229,5 @@ def _run(
     flags = Flags(*(checks.boolean(name, flag) for name, flag in flags._asdict().items()))
     if cache is not None:
         check_cached_call(cache, arrays, restrictions)
-    return layer(params, arrays, restrictions, dropout_key, cache, config=config, flags=flags)
+    data = (params, arrays, restrictions, dropout_key, cache, checked_lora(lora))
+    return layer(*data, config=config, flags=flags)

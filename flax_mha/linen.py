@@ -2,20 +2,21 @@
 
 from typing import Any
 
-import jax
 from flax import linen as nn
 from flax import serialization
 
 from flax_mha.config.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
-from flax_mha.core.typing import Array, ParamsLike, PRNGKey
+from flax_mha.core.typing import Array, ParamsLike
 from flax_mha.functional import forward, results
 from flax_mha.layer.arguments import Restrictions, check_arrays
 from flax_mha.layer.caches import CrossCache, KVCache, register_state
 from flax_mha.masks import Mask
 from flax_mha.params import param_shapes
 from flax_mha.sharding.initial import Boxes, init_boxed, rules_of_a_field
+from flax_mha.training.adapters import lora_of
 from flax_mha.training.sown import sow
+from flax_mha.training.streams import dropout_key
 
 register_state(serialization.register_serialization_state)
 BOXES = Boxes("flax.linen", nn.Partitioned, nn.logical_to_mesh_axes)
@@ -26,6 +27,7 @@ class MultiHeadAttention(nn.Module):
 
     Args: those of `MultiHeadAttentionConfig` (`help(flax_mha.MultiHeadAttentionConfig)`), and
         sow_attention_scores: collect the scores, with `mutable=["intermediates"]`.
+        lora: a `flax_mha.Lora`, adapters in the collection "lora", which train alone.
         partition_rules: as the `rules` of `flax_mha.param_specs`; parameters are `nn.Partitioned`.
 
     A call takes what `help(flax_mha.multi_head_attention)` lists, and `training`: True draws from
@@ -77,6 +79,7 @@ class MultiHeadAttention(nn.Module):
     precision: Any = None
     implementation: str | None = None
     context_axis: Any = None
+    lora: Any = None
     sow_attention_scores: bool = False
     partition_rules: Any = None
 
@@ -117,7 +120,8 @@ class MultiHeadAttention(nn.Module):
         """See `multi_head_attention`; with `training=True`, dropout acts."""
         flags = (return_attention_scores, training, use_causal_mask)
         with_scores, training, is_causal = checks.module_flags(type(self).__call__, *flags)
-        params = self._params(config := self.config, query, value, value if key is None else key)
+        arrays = (query, value, value if key is None else key)
+        params = self._params(config := self.config, *arrays)
         sow_scores = self.sow_attention_scores and self.is_mutable_collection("intermediates")
         masks = (query_mask, value_mask, key_mask, attention_mask)
         activations = forward(
@@ -128,8 +132,9 @@ class MultiHeadAttention(nn.Module):
             config=config,
             use_causal_mask=is_causal,
             return_attention_scores=with_scores or sow_scores,
-            dropout_key=self._dropout_key(training),
+            dropout_key=dropout_key(self, self.dropout, training),
             cache=cache,
+            **lora_of(self, config, training, *arrays),
             **Restrictions(*masks, bias, segment_ids, positions, dropout_start)._asdict(),
         )
         sow(self, params, activations, config, sow_scores)
@@ -142,12 +147,3 @@ class MultiHeadAttention(nn.Module):
         shapes: ParamsLike = param_shapes(config, *(array.shape for array in arrays))
         rules = self.partition_rules if self.is_mutable_collection("params") else None
         return {n: self.param(n, init_boxed, n, shapes[n], config, rules, BOXES) for n in shapes}
-
-    def _dropout_key(self, training: bool) -> PRNGKey | None:
-        if not training or self.dropout == 0 or self.is_initializing():
-            return None
-        if self.has_rng("dropout"):
-            return self.make_rng("dropout")
-        if self.seed is not None:
-            return jax.random.key(self.seed)
-        checks.no_dropout_stream(self.dropout, "rngs={'dropout': jax.random.key(0)}` to `apply")

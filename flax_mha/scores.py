@@ -13,6 +13,7 @@ from flax_mha.core.folding import Folding
 from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike
+from flax_mha.layer.adapters import LoraCall, adapted, checked_lora
 from flax_mha.layer.arguments import Restrictions, check_arrays, check_source, checked_restrictions
 from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.extend import Places
@@ -31,6 +32,8 @@ def attention_scores(
     config: MultiHeadAttentionConfig,
     query_rows: Array,
     use_causal_mask: bool = False,
+    lora: ParamsLike | None = None,
+    lora_scale: Any = 1.0,
     **restrictions: Any,
 ) -> Array:
     """The rows `query_rows` of what `return_attention_scores=True` would return.
@@ -43,6 +46,8 @@ def attention_scores(
         config: the layer's static description; its `implementation` is not used.
         query_rows: integers `[R]`, each in [0, T): positions in raster order of the attended axes.
         use_causal_mask: no key after the query, which keeps its own position.
+        lora: low-rank adapters of the projections.
+        lora_scale: the factor of what they add.
         **restrictions: query_mask, value_mask, key_mask, attention_mask, bias, segment_ids,
             positions.
 
@@ -83,7 +88,9 @@ def attention_scores(
     causal = checks.boolean("use_causal_mask", use_causal_mask)
     rows = checks.positions("query_rows", query_rows)
     checks.rows_within("query_rows", rows, _length(query, config))
-    return _scores(params, arrays, checked, rows, config=config, use_causal_mask=causal)
+    adapters = checked_lora(LoraCall(lora, lora_scale))
+    data = (params, arrays, checked, rows, adapters)
+    return _scores(*data, config=config, use_causal_mask=causal)
 
 
 def _length(query: Array, config: MultiHeadAttentionConfig) -> int:
@@ -96,6 +103,7 @@ def _scores(
     arrays: tuple[Array, Array, Array],
     restrictions: Restrictions,
     rows: Array,
+    lora: LoraCall | None,
     *,
     config: MultiHeadAttentionConfig,
     use_causal_mask: bool,
@@ -105,7 +113,7 @@ def _scores(
     placed = lambda: scores_spec(  # noqa: E731
         params, arrays, None, checked_folding(params, arrays, config), rows
     )
-    return with_auto_axes(run, placed, params, arrays, restrictions, rows)
+    return with_auto_axes(run, placed, params, arrays, restrictions, rows, lora)
 
 
 def _of_rows(
@@ -113,10 +121,12 @@ def _of_rows(
     arrays: tuple[Array, Array, Array],
     restrictions: Restrictions,
     rows: Array,
+    lora: LoraCall | None,
     config: MultiHeadAttentionConfig,
     use_causal_mask: bool,
 ) -> Array:
     call = prepare(params, arrays, restrictions, config, use_causal_mask)
+    params = adapted(params, lora)
     folding, bias = call.folding, call.bias_bnts
     take = lambda x, axis: x if x is None or x.shape[axis] == 1 else jnp.take(x, rows, axis)  # noqa: E731
     bias = take(bias, 2)

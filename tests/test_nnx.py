@@ -416,7 +416,8 @@ def test_help_shows_the_configs_arguments():
     config = list(inspect.signature(MultiHeadAttentionConfig).parameters.values())
     assert shown[0].name == "self"
     assert shown[1 : len(config) + 1] == config
-    own = ["query_features", "value_features", "key_features", "rngs", "partition_rules"]
+    own = ["query_features", "value_features", "key_features", "rngs", "lora"]
+    own += ["partition_rules"]
     assert [parameter.name for parameter in shown[len(config) + 1 :]] == own
 
 

@@ -18,7 +18,7 @@ from flax_mha import (
     param_shapes,
     regularization_loss,
 )
-from flax_mha.params import check_params
+from flax_mha.params.tree import check_params
 
 QUERY, VALUE, KEY = (2, 5, 17), (2, 7, 23), (2, 7, 19)
 

@@ -14,12 +14,13 @@ from flax_mha import __main__ as overview
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {
     "flax_mha": """
-        Activations BlockMask ContextAxis CrossCache KVCache Latent Mask MultiHeadAttention
+        Activations BlockMask ContextAxis CrossCache KVCache Latent Lora Mask MultiHeadAttention
         MultiHeadAttentionConfig Neighborhood activity_loss apply_constraints attention_scores
         block_mask constrain
         context_parallel_attention dot_product_attention explain forward init_cache
-        init_cross_cache init_params multi_head_attention param_axes param_shapes param_specs
-        regularization_loss zigzag_inverse zigzag_order
+        init_cross_cache init_params lora_params merge_lora multi_head_attention param_axes
+        param_shapes param_specs
+        regularization_loss split_lora zigzag_inverse zigzag_order
     """,
     "flax_mha.attention": "DistanceBias Residuals merge",
     "flax_mha.interop.equinox": "from_equinox to_equinox",
@@ -58,6 +59,7 @@ PUBLIC = {
 # Handed on at the top too, where people find them first.
 ALSO = {
     "flax_mha.layer": "Activations CrossCache KVCache",
+    "flax_mha.params": "init_params lora_params merge_lora param_shapes split_lora",
     "flax_mha.sharding": "param_axes param_specs",
     "flax_mha.training": "activity_loss apply_constraints constrain regularization_loss",
 }

@@ -40,18 +40,18 @@ def _to_floats(name: str, dtype: Any) -> str:
     return f"{ids}: `{name}.astype('float32')`."
 
 
-def floating_params(params: Any) -> None:
+def floating_params(params: Any, owner: str = "params") -> None:
     """Every array of the tree is floating; one look at each dtype, for this runs at every call."""
     for dtype in {getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(params)}:
         if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
-            _not_floating(params, dtype)
+            _not_floating(params, dtype, owner)
 
 
-def _not_floating(params: Any, dtype: Any) -> None:
+def _not_floating(params: Any, dtype: Any, owner: str) -> None:
     """Names the first array of this dtype; what has no dtype is left to the checks of shapes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if dtype is not None and getattr(leaf, "dtype", None) == dtype:
-            name = f"params{jax.tree_util.keystr(path)}"
+            name = f"{owner}{jax.tree_util.keystr(path)}"
             rule = f"{name} must be floating-point numbers."
             known_dtype(name, leaf, rule)
             is_complex = jnp.issubdtype(dtype, jnp.complexfloating)

@@ -78,6 +78,13 @@ def rate(name: str, value: Any) -> float:
     return float(value)
 
 
+def rate_below_one(name: str, value: Any) -> float:
+    """A rate after which what is kept can grow by 1 / (1 - rate)."""
+    if (found := rate(name, value)) == 1.0:
+        fail(ValueError, f"`{name}` must be below 1: nothing would be left.", f"{name}={value!r}")
+    return found
+
+
 def positive(name: str, value: Any) -> float:
     """A finite number above 0, as a Python float: it is static."""
     rule = f"`{name}` must be a finite number > 0."

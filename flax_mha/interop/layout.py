@@ -20,7 +20,7 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, Params, ParamsLike, Shape
-from flax_mha.params import (
+from flax_mha.params.tree import (
     INPUT_RANK,
     LATENT_LETTERS,
     LETTERS,

@@ -20,7 +20,7 @@ from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.chunks import chunk_mask
 from flax_mha.layer.placement import folded_pair, positions_of, with_dense_bias
 from flax_mha.masks import Mask, Neighborhood
-from flax_mha.params import check_params, features_of
+from flax_mha.params.tree import check_params, features_of
 
 
 class Call(NamedTuple):

@@ -14,6 +14,7 @@ from flax_mha.core.folding import Folding
 from flax_mha.core.meshes import with_auto_axes
 from flax_mha.core.nans import nan_where
 from flax_mha.core.typing import Array, ParamsLike, PRNGKey, Shape
+from flax_mha.layer.adapters import LoraCall, adapted
 from flax_mha.layer.arguments import Arrays, Restrictions
 from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.call import checked_folding, mask_by_position, prepare
@@ -79,12 +80,13 @@ def layer(
     restrictions: Restrictions,
     dropout_key: PRNGKey | None,
     cache: KVCache | CrossCache | None = None,
+    lora: LoraCall | None = None,
     *,
     config: MultiHeadAttentionConfig,
     flags: Flags,
 ) -> Activations:
     """The equation, with the explicit axes of a mesh made automatic where the arrays have any."""
-    data = (params, arrays, restrictions, dropout_key, cache)
+    data = (params, arrays, restrictions, dropout_key, cache, lora)
     cut = attention_axes(params, arrays, config) if cache is None else None
     run = functools.partial(_equation, config=config, flags=flags, cut=cut)
     return with_auto_axes(run, lambda: _placed(params, arrays, cache, config, flags), *data)
@@ -115,12 +117,14 @@ def _equation(
     restrictions: Restrictions,
     dropout_key: PRNGKey | None,
     cache: KVCache | CrossCache | None,
+    lora: LoraCall | None,
     config: MultiHeadAttentionConfig,
     flags: Flags,
     cut: Cut | None,
 ) -> Activations:
     """query, key, value -> projections -> attention -> (gate) -> output projection."""
     call = prepare(params, arrays, restrictions, config, flags.use_causal_mask, cache)
+    params = adapted(params, lora)
     project, folding = call.project, call.folding
     heads = heads_of(params, call, config, cached=cache is not None)
     query_BTNH = heads.query()
@@ -213,11 +217,12 @@ def _of_real_queries(gate_BTNV: Array, mask: Mask) -> Array:
     return jnp.where(as_rank(mask.query_padding, gate_BTNV.ndim), gate_BTNV, 0)
 
 
-def _flat_output(projection: Any) -> dict[str, Array]:
+def _flat_output(projection: Any) -> dict[str, Any]:
     """The output projection with its feature axes merged: NVE and E."""
     N, V, *features = projection["kernel"].shape
     shapes = {"kernel": (N, V, math.prod(features)), "bias": (math.prod(features),)}
-    return {leaf: array.reshape(shapes[leaf]) for leaf, array in projection.items()}
+    flat = {leaf: projection[leaf].reshape(shapes[leaf]) for leaf in shapes if leaf in projection}
+    return flat | ({"lora": projection["lora"].flat()} if "lora" in projection else {})
 
 
 def _unfold(folding: Folding, flags: Flags, x: Array | None, lengths: Shape) -> Array | None:

@@ -13,6 +13,7 @@ import math
 import jax.numpy as jnp
 
 from flax_mha.core.typing import Array
+from flax_mha.layer.adapters import kernel_of
 from flax_mha.layer.extend import View
 from flax_mha.layer.heads import Heads
 from flax_mha.layer.projection import isolated
@@ -84,7 +85,7 @@ class AbsorbedHeads(LatentHeads):
         return self._met("BTNU,LNU->BTNL", own_BTNU, "key")
 
     def _met(self, equation: str, x: Array, name: str) -> Array:
-        kernel = self.params[name]["kernel"].astype(x.dtype)
+        kernel = kernel_of(self.params[name], x.dtype)
         return jnp.einsum(equation, x, kernel, precision=self.config.precision)
 
     @property

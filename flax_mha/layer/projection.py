@@ -25,20 +25,35 @@ from flax_mha.core.typing import Array, DType
 def project(
     equation: str, x: Array, projection: Any, *, dtype: DType, precision: Any, isolate: bool
 ) -> Array:
-    """x . kernel + bias in the compute dtype.
+    """x . kernel + bias in the compute dtype, and what an adapter adds.
 
     With `isolate`, a position that holds NaN or Inf passes the product as zeros and is NaN behind
     it: its NaN times a zero cotangent would otherwise reach the kernel's gradient.
     """
-    kernel = projection["kernel"].astype(dtype)
+    kernel, adapter = projection["kernel"].astype(dtype), projection.get("lora")
 
     def linear(x: Array) -> Array:
-        y = contract(equation, x.astype(dtype), kernel, precision)
+        x = x.astype(dtype)
+        y = contract(equation, x, kernel, precision)
+        if adapter is not None:
+            y += _through(adapter, equation, x, precision)
         if "bias" in projection:
             y += jax.lax.broadcast_to_rank(projection["bias"].astype(dtype), y.ndim)
         return y
 
     return isolated(linear, x) if isolate else linear(x)
+
+
+def _through(adapter: Any, equation: str, x: Array, precision: Any) -> Array:
+    """(drop(x) . a) scale . b, of r numbers a token in between."""
+    operands, result = equation.split("->")
+    operand, kernel = operands.split(",")
+    inputs = "".join(letter for letter in kernel if letter not in result)
+    outputs = kernel.removeprefix(inputs)
+    a, b, x = adapter.a.astype(x.dtype), adapter.b.astype(x.dtype), adapter.dropped(x)
+    y_BTr = contract(f"{operand},{inputs}r->{operand[:2]}r", x, a, precision)
+    scaled_BTr = y_BTr * adapter.factor(x.dtype)
+    return contract(f"{operand[:2]}r,r{outputs}->{result}", scaled_BTr, b, precision)
 
 
 def isolated(linear: Callable[[Array], Array], x: Array) -> Array:

@@ -8,7 +8,7 @@ import jax
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
 from flax_mha.core.typing import PRNGKey
-from flax_mha.params import init_projection
+from flax_mha.params.initial import init_projection
 from flax_mha.sharding.meshes import mesh_sizes, placed
 from flax_mha.sharding.rules import Rules, checked
 from flax_mha.sharding.specs import projection_specs

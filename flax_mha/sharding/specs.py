@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, ParamsLike, Shape
-from flax_mha.params import letters, letters_of, param_shapes
+from flax_mha.params.tree import letters, letters_of, param_shapes
 from flax_mha.sharding.meshes import mesh_sizes
 from flax_mha.sharding.resolve import Axis, check_mesh_axes, resolve, with_kv_heads
 from flax_mha.sharding.rules import AXIS_NAMES, Rules, checked

@@ -19,8 +19,6 @@ from flax import linen, nnx
 
 from flax_mha import __main__ as overview
 
-# Public by their spelling alone: what the package's own files share.
-INTERNAL = {"flax_mha.nnx.Projection"}
 FROM_FLAX = {"parent", "name"}  # fields of every linen module
 HEADING = re.compile(
     r"^(Args|Attributes|Returns|Raises|Memory|Differs from|Reference|Example)\b[^:]*:"
@@ -46,8 +44,7 @@ def public_names() -> list[Public]:
     found: dict[int, Public] = {}
     for module in ("flax_mha", *overview.submodules()):
         for name, value in offered(module).items():
-            if f"{module}.{name}" not in INTERNAL:
-                found.setdefault(id(value), Public(f"{module}.{name}", value))
+            found.setdefault(id(value), Public(f"{module}.{name}", value))
     methods = [method for public in found.values() for method in methods_of(public)]
     return [*found.values(), *methods]
 

@@ -13,7 +13,7 @@ from flax_mha.core import checks
 from flax_mha.core.typing import Array, Params, ParamsLike
 from flax_mha.interop.layout import PLAIN, Entry, from_table, only, to_table
 from flax_mha.norms import LayerNorm
-from flax_mha.params import places
+from flax_mha.params.tree import places
 
 # Where flax keeps each projection, and the axes of its kernel and its bias there.
 PROJECTIONS = {

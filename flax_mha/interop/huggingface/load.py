@@ -8,7 +8,7 @@ from flax_mha.interop.huggingface.find import Found, find
 from flax_mha.interop.huggingface.folder import Folder, open_folder
 from flax_mha.interop.loaded import AttentionLayer
 from flax_mha.interop.torch.layouts import from_layout
-from flax_mha.params import features_of
+from flax_mha.params.tree import features_of
 
 
 def load_attention(

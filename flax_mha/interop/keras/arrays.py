@@ -10,7 +10,7 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, Shape
-from flax_mha.params import check_params, places
+from flax_mha.params.tree import check_params, places
 
 _ORDER = ("query", "key", "gate", "value", "attention_output")
 # Arrays of the layer itself come first: T5's table of distances, gpt-oss's sinks.

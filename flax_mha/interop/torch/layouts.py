@@ -13,7 +13,7 @@ from flax_mha.interop.layout import Entry, from_table, to_table
 from flax_mha.interop.torch.arrays import as_numpy, writable
 from flax_mha.interop.torch.models import Layout
 from flax_mha.interop.torch.packing import heads_of, packed, rolled, stacked, unpacked, unstacked
-from flax_mha.params import check_params, features_of, places
+from flax_mha.params.tree import check_params, features_of, places
 
 PARTS = ("query", "key", "value")
 

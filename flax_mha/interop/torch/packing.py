@@ -10,7 +10,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.interop.layout import Entry, groups_of
 from flax_mha.interop.torch.models import Packing
-from flax_mha.params import sizes_of
+from flax_mha.params.tree import sizes_of
 
 Arrays = dict[str, np.ndarray]
 

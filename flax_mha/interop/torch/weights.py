@@ -10,7 +10,7 @@ from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.torch.layouts import PARTS, from_layout, to_layout
 from flax_mha.interop.torch.models import EXTRAS, MODELS, PACKED, SEPARATE, Layout, linear_layers
-from flax_mha.params import places
+from flax_mha.params.tree import places
 
 LAYOUTS = ("torch", *MODELS)
 

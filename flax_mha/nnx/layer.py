@@ -1,12 +1,12 @@
-"""The flax.nnx module: `nnx.Param`s, rng streams and modes around the pure function."""
+"""The layer, and what a call of it hands to the pure function."""
 
-import contextlib
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flax_mha.config import Lora
 from flax_mha.config.config import MultiHeadAttentionConfig, field_names
 from flax_mha.core import checks
 from flax_mha.core.signatures import arguments_of
@@ -14,34 +14,12 @@ from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey
 from flax_mha.functional import forward, results
 from flax_mha.layer import Activations, CrossCache, KVCache
 from flax_mha.masks import Mask
-from flax_mha.params import LETTERS, check_params, features_of, module_sizes, param_shapes
-from flax_mha.sharding.initial import Boxes, init_boxed, places_nowhere
+from flax_mha.nnx.streams import dropout_key, dropout_stream, stream
+from flax_mha.nnx.variables import BOXES, Adapters, Projection, tree_of
+from flax_mha.params.lora import check_lora, lora_params
+from flax_mha.params.tree import LETTERS, check_params, features_of, module_sizes, param_shapes
+from flax_mha.sharding.initial import init_boxed
 from flax_mha.training import regularization_loss
-
-
-def _metadata(array: Array, names: Any) -> nnx.VariableMetadata[Any]:
-    """The names under the key of the installed Flax; without "mesh", which it would not look up."""
-    made: Any = nnx.with_partitioning(lambda: array, names)()
-    named = {key: value for key, value in made.metadata.items() if key != "mesh"}
-    return nnx.VariableMetadata(array, metadata=named)
-
-
-def _placing(value: Any) -> Any:
-    """Without a mesh names are kept, and nothing is placed; flax before 0.12 never places."""
-    eager = getattr(nnx, "use_eager_sharding", None)
-    return eager(False) if eager and places_nowhere(value) else contextlib.nullcontext()
-
-
-BOXES = Boxes("flax.nnx", _metadata)
-
-
-class Projection(nnx.Module):
-    """One linear map's parameters: `kernel`, and `bias` where it has one, as `nnx.Param`s."""
-
-    def __init__(self, arrays: ParamsLike):
-        for leaf, array in arrays.items():
-            with _placing(array):
-                setattr(self, leaf, nnx.Param(array))
 
 
 class MultiHeadAttention(nnx.Module):
@@ -59,6 +37,7 @@ class MultiHeadAttention(nnx.Module):
         value_features: M, the value's last size; None = query_features.
         key_features: C, the key's last size; None = value_features.
         rngs: `nnx.Rngs`; its stream "params" initializes, and "dropout" is forked with dropout > 0.
+        lora: a `flax_mha.Lora`, adapters as `nnx.LoRAParam`s, which train alone.
         partition_rules: as the `rules` of `flax_mha.param_specs`; they become the `nnx.Param`s'
             metadata. Without a mesh, and by `from_params`, no array is placed.
 
@@ -72,7 +51,7 @@ class MultiHeadAttention(nnx.Module):
     nor `training` is off, not an error; (2) the order of a call is query, value, key.
 
     Example:
-        >>> import jax
+        >>> import jax, flax_mha
         >>> from flax import nnx
         >>> from flax_mha.nnx import MultiHeadAttention
         >>> layer = MultiHeadAttention(2, 16, dropout=0.1, query_features=32, rngs=nnx.Rngs(0))
@@ -90,6 +69,12 @@ class MultiHeadAttention(nnx.Module):
         >>> other.set_params(layer.params)
         >>> layer.forward(x, x).attention_scores is None, float(layer.regularization_loss())
         (True, 0.0)
+        >>> adapted = MultiHeadAttention.from_config(
+        ...     layer.config, query_features=32, lora=flax_mha.Lora(rank=4), rngs=nnx.Rngs(1)
+        ... )
+        >>> adapted.set_lora_params(jax.tree.map(lambda x: x + 1, adapted.lora_params))
+        >>> adapted.lora_params["query"]["a"].shape
+        (32, 4)
         >>> layer.set_view(deterministic=False)  # what `nnx.view` calls
         >>> layer.deterministic
         False
@@ -103,18 +88,21 @@ class MultiHeadAttention(nnx.Module):
         value_features: int | None = None,
         key_features: int | None = None,
         rngs: nnx.Rngs,
+        lora: Lora | None = None,
         partition_rules: Any = None,
         **fields: Any,
     ):
         checks.known_names("A field of MultiHeadAttention", fields, field_names())
         self.config = MultiHeadAttentionConfig(*args, **fields)
         self.deterministic = True
-        init_key = _stream("params", rngs)()
+        init_key = stream("params", rngs)()
         sizes = module_sizes(query_features, value_features, key_features)
         for name, shapes in cast(ParamsLike, param_shapes(self.config, *sizes)).items():
             arrays = init_boxed(init_key, name, shapes, self.config, partition_rules, BOXES)
             setattr(self, name, Projection(arrays))
-        self.rngs = nnx.data(_dropout_stream(self.config, rngs))
+        self.lora = lora
+        self.adapters = nnx.data(self._new_adapters(sizes, rngs))
+        self.rngs = nnx.data(self._dropout_stream(rngs))
 
     @classmethod
     def from_config(
@@ -131,25 +119,34 @@ class MultiHeadAttention(nnx.Module):
         config: MultiHeadAttentionConfig,
         *,
         rngs: nnx.Rngs | None = None,
+        lora: Lora | None = None,
+        lora_params: ParamsLike | None = None,
         partition_rules: Any = None,
     ) -> "MultiHeadAttention":
         """A layer of `config` around `params`; `rngs` serve dropout, `partition_rules` name axes.
 
+        With `lora`, `lora_params` are its adapters.
+
         Raises:
-            ValueError: parameters that do not fit the config.
+            ValueError: parameters that do not fit the config; `lora` without its adapters.
         """
-        named = {**features_of(params), "partition_rules": partition_rules}
+        named = {**features_of(params), "partition_rules": partition_rules, "lora": lora}
         layer = nnx.eval_shape(lambda: cls.from_config(config, **named, rngs=nnx.Rngs(params=0)))
         layer.set_params(params)
-        layer.rngs = nnx.data(_dropout_stream(config, rngs))
+        if lora is not None or lora_params is not None:
+            layer.set_lora_params(lora_params)
+        layer.rngs = nnx.data(layer._dropout_stream(rngs))
         return layer
 
     @property
     def params(self) -> Params:
         """The layer's parameters now, as `multi_head_attention` takes them."""
-        names = [name for name in LETTERS if hasattr(self, name)]
-        params = {name: nnx.to_pure_dict(nnx.state(getattr(self, name))) for name in names}
-        return cast(Params, params)
+        return cast(Params, tree_of(self, LETTERS))
+
+    @property
+    def lora_params(self) -> Params:
+        """The layer's adapters now, as `lora=` of `multi_head_attention`; `{}` without any."""
+        return cast(Params, {} if self.adapters is None else tree_of(self.adapters, LETTERS))
 
     def set_params(self, params: ParamsLike) -> None:
         """Replaces the parameters by `params`, a tree as `layer.params`.
@@ -161,6 +158,20 @@ class MultiHeadAttention(nnx.Module):
         D, M, C = ((size,) for size in features_of(now).values())
         check_params(params, self.config, D, M, C)
         nnx.update(self, {name: jax.tree.map(jnp.asarray, dict(params[name])) for name in now})
+
+    def set_lora_params(self, lora_params: Any) -> None:
+        """Replaces the adapters by `lora_params`, a tree as `layer.lora_params`.
+
+        Raises:
+            ValueError: a tree that does not fit the layer, or a layer without adapters.
+        """
+        names = () if self.lora is None else self.lora.which
+        if lora_params is None or set(lora_params) != set(names):
+            rule = f"`lora_params` must hold the adapters of {list(names)}, as `lora` has them."
+            given = None if lora_params is None else sorted(lora_params)
+            checks.fail(ValueError, rule, f"{given}", "Make them by `flax_mha.lora_params`.")
+        check_lora(lora_params, cast(ParamsLike, self.params))
+        nnx.update(self.adapters, jax.tree.map(jnp.asarray, dict(lora_params)))
 
     def __call__(
         self,
@@ -235,7 +246,8 @@ class MultiHeadAttention(nnx.Module):
             value,
             key,
             config=self.config,
-            dropout_key=self._dropout_key(rngs) if training else None,
+            dropout_key=self._dropout_key(self.config.dropout, rngs) if training else None,
+            **self._lora_call(rngs, training),
             **call,
         )
 
@@ -252,47 +264,27 @@ class MultiHeadAttention(nnx.Module):
         if deterministic is not None:
             self.deterministic = checks.boolean("deterministic", deterministic)
 
-    def _dropout_key(self, rngs: Any) -> PRNGKey | None:
-        """The next key of the call's `rngs`, or else of the stream that the layer holds."""
-        rngs = self.rngs if rngs is None else rngs
-        if self.config.dropout == 0:
+    def _new_adapters(self, sizes: Any, rngs: nnx.Rngs) -> Adapters | None:
+        if self.lora is None:
             return None
-        if rngs is None:
-            rule = "Training with dropout > 0 needs a PRNG key."
-            remedy = (
-                "Pass `rngs=nnx.Rngs(dropout=0)` at construction or in the call, or set `seed`."
-            )
-            evidence = f"dropout={self.config.dropout}, no `rngs`"
-            checks.fail(ValueError, rule, evidence, remedy)
-        if isinstance(rngs, jax.Array):
-            return rngs
-        return rngs() if isinstance(rngs, nnx.RngStream) else _stream("dropout", rngs)()
+        checks.instance("lora", self.lora, Lora)
+        own: Any = {"rank": self.lora.rank, "which": self.lora.which}
+        init_key = stream("params", rngs)()
+        return Adapters(cast(ParamsLike, lora_params(init_key, self.config, *sizes, **own)))
 
+    def _lora_call(self, rngs: Any, training: bool) -> dict[str, Any]:
+        """The arguments of `flax_mha.forward` for the adapters."""
+        if self.lora is None:
+            return {}
+        rate = self.lora.dropout
+        key = self._dropout_key(rate, rngs) if training else None
+        call = {"lora": self.lora_params, "lora_scale": self.lora.scale, "lora_dropout": rate}
+        return {**call, "lora_dropout_key": key}
 
-def _stream(name: str, rngs: Any) -> nnx.RngStream:
-    """The named stream, or the default one in its place."""
-    streams = _streams(rngs)
-    if not {name, "default"} & streams:
-        rule = f"`rngs` must have the stream {name!r} or a default one."
-        checks.fail(ValueError, rule, f"the streams {sorted(streams)}", "Pass `rngs=nnx.Rngs(0)`.")
-    return rngs[name]
+    def _dropout_stream(self, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
+        rate = max(self.config.dropout, 0.0 if self.lora is None else self.lora.dropout)
+        return dropout_stream(rate, self.config.seed, rngs)
 
-
-def _streams(rngs: Any) -> set[str]:
-    if not isinstance(rngs, nnx.Rngs):
-        evidence = f"rngs of type {type(rngs).__name__}"
-        checks.fail(TypeError, "`rngs` must be an nnx.Rngs.", evidence, "Pass `rngs=nnx.Rngs(0)`.")
-    return set(rngs)
-
-
-def _dropout_stream(
-    config: MultiHeadAttentionConfig, rngs: nnx.Rngs | None
-) -> nnx.RngStream | None:
-    """The stream that a layer holds; none where there is no dropout, or nothing to fork."""
-    if config.dropout == 0:
-        return None
-    if config.seed is not None:
-        return nnx.RngStream(config.seed, tag="dropout")
-    if rngs is None or not {"dropout", "default"} & _streams(rngs):
-        return None
-    return _stream("dropout", rngs).fork()
+    def _dropout_key(self, rate: float, rngs: Any) -> PRNGKey | None:
+        """The next key of the call's `rngs`, or else of the stream that the layer holds."""
+        return dropout_key(rate, self.rngs if rngs is None else rngs)
