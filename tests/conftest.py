@@ -12,6 +12,7 @@ os.environ["MPLBACKEND"] = "agg"
 
 import jax
 import pytest
+from residence import Programs
 from thinning import tables, unlike
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -81,6 +82,7 @@ THINNED = {
     "test_persistence.py": 4,
     "training/test_updates.py": 4,
 }
+PROGRAMS = Programs()
 # Tables that `--thin` leaves whole: each of their cases is another part of JAX.
 WHOLE = {
     "layer/test_every_transformation.py",
@@ -114,6 +116,11 @@ def pytest_configure(config):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_runtest_logfinish():
+    """After a test: two workers with every program of the slow tests took 14 GB at half of them."""
+    PROGRAMS.drop_if_many()
 
 
 def file_of(item):
