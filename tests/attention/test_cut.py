@@ -9,7 +9,7 @@ import pytest
 from helpers import normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernel_cases import QUICKLY, attend, compare, distances, split
+from kernel_cases import QUICKLY, attend, compare, distances, split, unchecked
 
 from flax_mha import Mask, dot_product_attention
 from flax_mha.attention.cut import Cut, cut_of
@@ -106,12 +106,7 @@ def test_numbers_of_one_device(sizes, name, implementation):
 @pytest.mark.parametrize("name", ["full", "start"])
 def test_an_interpreted_kernel(name, monkeypatch):
     """Pallas's interpreter does not know types that say what varies over a mesh."""
-    checked = jax.shard_map
-
-    def unchecked(f, **how):
-        return checked(f, **how | {"check_vma": False})
-
-    monkeypatch.setattr(jax, "shard_map", unchecked)
+    monkeypatch.setattr(jax, "shard_map", unchecked(jax.shard_map))
     assert_cut_alike((2, 2), "pallas_interpreted", arrays_of(B), **CALLS[name])
 
 

@@ -21,6 +21,15 @@ if jax.__version_info__ < (0, 11):  # gone from later versions of XLA
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
 
 
+def unchecked(shard_map):
+    """`jax.shard_map` without types that say what varies, whatever its caller asks for."""
+
+    def without_types(f, **how):
+        return shard_map(f, **how | {"check_vma": False})
+
+    return without_types
+
+
 def arrays_of(T=300, S=300, B=2, N=4, K=2, H=16, V=24, dtype="float32"):
     sizes = {"query": (B, T, N, H), "key": (B, S, K, H), "value": (B, S, K, V)}
     return {name: normal(i, *size, dtype=dtype) for i, (name, size) in enumerate(sizes.items())}

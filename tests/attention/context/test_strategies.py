@@ -4,7 +4,6 @@ Each mesh meets each strategy, and each strategy each feature. `EVERY_ROW=1 pyth
 runs the whole product of 477 rows.
 """
 
-import functools
 import itertools
 import os
 
@@ -12,7 +11,7 @@ import jax
 import pytest
 from context_cases import FEATURES, MESHES, STRATEGIES, along, assert_alike, axis_of, expected
 from jax.sharding import AxisType
-from kernel_cases import TOLERANCES, compare
+from kernel_cases import TOLERANCES, compare, unchecked
 
 ZIGZAG = [name for name in FEATURES if name != "ragged"]
 
@@ -119,8 +118,7 @@ def test_sixteen_bits(strategy, layout, feature):
 )
 def test_an_interpreted_kernel(strategy, layout, feature, monkeypatch):
     """Pallas's interpreter does not know types that say what varies over a mesh."""
-    unchecked = functools.partial(jax.shard_map, check_vma=False)
-    monkeypatch.setattr(jax, "shard_map", unchecked)
+    monkeypatch.setattr(jax, "shard_map", unchecked(jax.shard_map))
     axis = axis_of(strategy, layout)
     results = along((1, 1, 2), axis, feature, implementation="pallas_interpreted")
     compare(results, expected(feature), 1e-5)
