@@ -60,6 +60,7 @@ THINNED = {
     "layer/test_flags.py": 4,
     "layer/test_keras_parity.py": 17,
     "layer/test_latent.py": 7,
+    "layer/test_lora.py": 2,
     "layer/test_neighborhood_layer.py": 7,
     "layer/test_oracle.py": 17,
     "layer/test_pair_decoding.py": 13,
@@ -83,6 +84,30 @@ THINNED = {
     "training/test_updates.py": 4,
 }
 PROGRAMS = Programs()
+LEFT = pytest.StashKey[int]()
+# In these files, of the slow cases of a function one in so many run, chosen to be unlike others;
+# with EVERY_ROW in the environment all of them do.
+RARE = {
+    "attention/context/test_pair_functions_context.py": 2,
+    "attention/test_attention.py": 2,
+    "attention/test_derivatives.py": 2,
+    "attention/test_order.py": 2,
+    "attention/test_pair_functions.py": 2,
+    "attention/test_pallas_tpu.py": 2,
+    "attention/test_shifts.py": 3,
+    "attention/test_tiles.py": 2,
+    "core/pairs/test_intervals.py": 2,
+    "demo/test_mesh.py": 2,
+    "demo/test_processes.py": 2,
+    "layer/test_collectives.py": 2,
+    "layer/test_every_transformation.py": 3,
+    "layer/test_explicit_meshes.py": 2,
+    "layer/test_keras_parity.py": 2,
+    "layer/test_oracle.py": 2,
+    "layer/test_pair_decoding.py": 2,
+    "test_decoding.py": 2,
+    "test_neighborhood.py": 2,
+}
 # Tables that `--thin` leaves whole: each of their cases is another part of JAX.
 WHOLE = {
     "layer/test_every_transformation.py",
@@ -105,6 +130,9 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     if (n := config.getoption("thin")) != 1:
         told = f"--thin={n}: of each function with 2 cases or more one in {abs(n)} ran"
+        terminalreporter.write_line(told)
+    if (count := config.stash.get(LEFT, 0)) and "not slow" not in config.getoption("markexpr"):
+        told = f"{count} slow cases of large tables did not run: with EVERY_ROW=1 they do"
         terminalreporter.write_line(told)
 
 
@@ -131,19 +159,33 @@ def is_slow(item):
     return item.get_closest_marker("slow") is not None
 
 
+def is_fast(item):
+    return not is_slow(item)
+
+
 def left_out(items, n):
     """What `--thin` leaves out."""
-    thinned = [cases for cases in tables(items, is_slow) if file_of(cases[0]) not in WHOLE]
+    thinned = [cases for cases in tables(items, is_fast) if file_of(cases[0]) not in WHOLE]
     return {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
+
+
+def rare(items):
+    """The slow cases that run with EVERY_ROW alone."""
+    large = [cases for cases in tables(items, is_slow) if file_of(cases[0]) in RARE]
+    kept = [unlike(cases, RARE[file_of(cases[0])]) for cases in large]
+    return {case for cases, some in zip(large, kept) for case in set(cases) - set(some)}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items, config):
-    for cases in tables(items, is_slow):
+    for cases in tables(items, is_fast):
         for i, item in enumerate(cases):
             if i % THINNED.get(file_of(item), 1):
                 item.add_marker(pytest.mark.slow)
     out = left_out(items, config.getoption("thin"))
+    if "EVERY_ROW" not in os.environ:
+        config.stash[LEFT] = len(some := rare(items))
+        out |= some
     config.hook.pytest_deselected(items=[item for item in items if item in out])
     items[:] = [item for item in items if item not in out]
     # The longest first: at the end one process would run them and the others would wait.

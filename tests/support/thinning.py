@@ -4,11 +4,11 @@ import collections
 import itertools
 
 
-def tables(items, is_slow):
-    """The cases of each function that has 2 or more that are not slow."""
+def tables(items, belongs):
+    """The cases of each function that has 2 or more that belong."""
     found = {}
     for item in items:
-        if hasattr(item, "callspec") and not is_slow(item):
+        if hasattr(item, "callspec") and belongs(item):
             found.setdefault((item.path, item.originalname), []).append(item)
     return [cases for cases in found.values() if len(cases) >= 2]
 
