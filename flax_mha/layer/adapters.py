@@ -4,11 +4,10 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_mha.core import checks
 from flax_mha.core.typing import Array, DType, ParamsLike, PRNGKey
-from flax_mha.params.lora import check_lora
+from flax_mha.params.lora import check_lora, check_scale
 from flax_mha.params.tree import LETTERS
 
 
@@ -25,8 +24,9 @@ class Adapter(NamedTuple):
         """x as the adapter reads it: some numbers are zeros, and the others grow instead."""
         if self.key is None:
             return x
-        keep = 1 - jnp.asarray(self.dropout, x.dtype)
-        return jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep, 0)
+        keep = 1 - jnp.asarray(self.dropout, "float32")  # 16 bits would draw of 256 numbers
+        kept = jax.random.bernoulli(self.key, keep, x.shape)
+        return jnp.where(kept, x / keep.astype(x.dtype), 0)
 
     def factor(self, dtype: DType) -> Array:
         return jnp.asarray(self.scale).astype(dtype)
@@ -48,9 +48,9 @@ class LoraCall(NamedTuple):
 def checked_lora(lora: LoraCall) -> LoraCall | None:
     """The same, as far as values tell, before tracing hides them; None without adapters."""
     if lora.params is None:
-        given = {"lora_scale": lora.scale != 1.0, "lora_dropout": lora.dropout != 0.0}
-        given["lora_dropout_key"] = lora.dropout_key is not None
-        if extra := [name for name, is_given in given.items() if is_given]:
+        unset = {"lora_scale": 1.0, "lora_dropout": 0.0, "lora_dropout_key": None}
+        given = dict(zip(unset, lora[1:]))
+        if extra := [name for name, x in given.items() if not _is(x, unset[name])]:
             rule = "Without `lora` there is nothing to scale or to drop."
             checks.fail(TypeError, rule, ", ".join(extra))
         return None
@@ -58,17 +58,13 @@ def checked_lora(lora: LoraCall) -> LoraCall | None:
     rate = checks.rate_below_one("lora_dropout", lora.dropout)
     if lora.dropout_key is not None:
         checks.prng_key("lora_dropout_key", lora.dropout_key)
-    _check_scale(lora.scale)
+    check_scale(lora.scale)
     return lora if rate else lora._replace(dropout_key=None)
 
 
-def _check_scale(scale: Any) -> None:
-    if np.shape(scale):
-        rule, evidence = "`lora_scale` must be one number.", f"shape {np.shape(scale)}"
-        remedy = "Many adapters, each with a scale, are `jax.vmap`'s."
-        checks.fail(ValueError, rule, evidence, remedy)
-    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(scale):
-        checks.fail(ValueError, "`lora_scale` must be a finite number.", f"{scale}")
+def _is(value: Any, unset: float | None) -> bool:
+    """Whether an argument was left as it is; what is traced was given."""
+    return value is None if unset is None else isinstance(value, float | int) and value == unset
 
 
 def adapted(params: ParamsLike, lora: LoraCall | None) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.config.lora import names_of
@@ -94,7 +95,7 @@ def merge_lora(params: ParamsLike, lora: ParamsLike, lora_scale: Any = 1.0) -> P
         A tree as `params`, each kernel in its own dtype; the sum is one of float32 at least.
 
     Raises:
-        ValueError: adapters that do not fit the parameters, by name.
+        ValueError: adapters that do not fit the parameters, by name; a scale that is not finite.
 
     Example:
         >>> import jax, flax_mha
@@ -106,6 +107,7 @@ def merge_lora(params: ParamsLike, lora: ParamsLike, lora_scale: Any = 1.0) -> P
         4.0
     """
     check_lora(lora, params)
+    check_scale(lora_scale)
     pairs = {name: [_wide(adapter[leaf]) for leaf in LEAVES] for name, adapter in lora.items()}
     added = {name: lora_scale * jnp.tensordot(a, b, 1) for name, (a, b) in pairs.items()}
     return cast(Params, {name: _with(leaves, added.get(name)) for name, leaves in params.items()})
@@ -163,6 +165,16 @@ def check_lora(lora: Any, params: ParamsLike) -> None:
     _names(lora, [name for name, leaves in params.items() if "kernel" in leaves])
     for name, adapter in lora.items():
         _check_adapter(name, adapter, tuple(params[name]["kernel"].shape))
+
+
+def check_scale(lora_scale: Any) -> None:
+    """One number, and a finite one as far as that can be seen."""
+    if np.shape(lora_scale):
+        rule, evidence = "`lora_scale` must be one number.", f"shape {np.shape(lora_scale)}"
+        remedy = "Many adapters, each with a scale, are `jax.vmap`'s."
+        checks.fail(ValueError, rule, evidence, remedy)
+    if not isinstance(lora_scale, jax.core.Tracer) and not np.isfinite(lora_scale):
+        checks.fail(ValueError, "`lora_scale` must be a finite number.", f"{lora_scale}")
 
 
 def _check_adapter(name: str, adapter: Any, kernel: Shape) -> None:

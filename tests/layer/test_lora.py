@@ -241,6 +241,14 @@ BAD = {
         lambda: call(PARAMS, PLAIN, lora=LORA, lora_scale=float("nan")),
         "`lora_scale` must be a finite number. Received: nan",
     ),
+    "an infinite scale, merged": (
+        lambda: merge_lora(PARAMS, LORA, float("inf")),
+        "`lora_scale` must be a finite number. Received: inf",
+    ),
+    "a traced scale alone": (
+        lambda: jax.jit(lambda scale: call(PARAMS, PLAIN, lora_scale=scale))(1.0),
+        "nothing to scale or to drop. Received: lora_scale",
+    ),
     "scales": (
         lambda: call(PARAMS, PLAIN, lora=LORA, lora_scale=jnp.ones(2)),
         "`lora_scale` must be one number.*jax.vmap",
