@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_trees_close, normal
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_mha
 from flax_mha import MultiHeadAttentionConfig, init_params, lora_params, merge_lora
@@ -165,6 +167,29 @@ def test_dropout_of_what_an_adapter_reads():
     np.testing.assert_array_equal(forward(**how).query, forward(lora=lora, lora_scale=SCALE).query)
     idle = forward(lora=lora, lora_scale=SCALE, lora_dropout_key=key).query
     np.testing.assert_array_equal(idle, forward(lora=lora, lora_scale=SCALE).query)
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto", "context"])
+def test_on_a_mesh_the_adapters_are_whole(kind):
+    """Numbers, gradients and dropout of one device."""
+    config, params = layer_of("plain")
+    lora, x = adapters(config), normal(7, 4, 8, D)
+
+    def loss(lora, params, x, config=config):
+        how = dict(lora_scale=SCALE, lora_dropout=0.3, lora_dropout_key=jax.random.key(5))
+        return (call(params, config, x, lora=lora, **how) ** 2).mean()
+
+    wanted = jax.value_and_grad(loss)(lora, params, x)
+    axis_type = AxisType.Auto if kind == "Auto" else AxisType.Explicit
+    mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=(axis_type,) * 2)
+    cut = P("data", "context") if kind == "context" else P("data")
+    placed = [jax.device_put(y, NamedSharding(mesh, P())) for y in (lora, params)]
+    on_mesh = config.replace(context_axis="context" if kind == "context" else None)
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, config=on_mesh)))
+        found = run(*placed, jax.device_put(x, NamedSharding(mesh, cut)))
+    assert_trees_close(found[1], wanted[1], "float32", kind)
+    assert_close(found[0], wanted[0], "float32")
 
 
 def test_nan_of_padding_goes_nowhere():
