@@ -46,7 +46,7 @@ def test_call_is_keras_s_with_its_order_and_defaults(keras):
 def test_linen_fields_are_the_config_s_with_its_defaults():
     config = {field.name: field.default for field in dataclasses.fields(MultiHeadAttentionConfig)}
     module = {field.name: field.default for field in dataclasses.fields(MultiHeadAttention)}
-    extra = {"partition_rules", "sow_attention_scores", "parent", "name"}
+    extra = {"lora", "partition_rules", "sow_attention_scores", "parent", "name"}
     assert {name: value for name, value in module.items() if name not in extra} == config
 
 
