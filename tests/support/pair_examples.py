@@ -83,8 +83,6 @@ REFUSED = {
         "score, table of pairs": LOOKS_UP,
         "score, Graphormer": LOOKS_UP,
         "score, DeBERTa": LOOKS_UP,
-        "score, branches": LOOKS_UP,  # an array of heads, within a branch
-        "score, branches by head": LOOKS_UP,
         # more than one number for a pair
         "score, features": r"vector|dot_general",
         "score, Sandwich": r"vector|reduce_sum",
