@@ -66,9 +66,9 @@ def test_half_of_a_product_has_each_combination_of_all_axes_but_one(sizes):
         assert without == {*itertools.product(*axes[:i], *axes[i + 1 :])}
 
 
-def test_slow_cases_and_functions_of_one_case_are_in_no_table():
+def test_what_does_not_belong_and_functions_of_one_case_are_in_no_table():
     cases = table(5)
-    assert tables(cases, lambda case: False) == [cases]
-    assert tables(cases, lambda case: case in cases[2:]) == [cases[:2]]
-    assert tables(cases, lambda case: case in cases[1:]) == []
+    assert tables(cases, lambda case: True) == [cases]
+    assert tables(cases, lambda case: case in cases[:2]) == [cases[:2]]
+    assert tables(cases, lambda case: case in cases[:1]) == []
     assert tables([types.SimpleNamespace(path="", originalname="test_alone")], bool) == []
