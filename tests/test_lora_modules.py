@@ -147,7 +147,21 @@ TREE = ADAPTED["lora"]
 BAD = {
     "adapters that nobody reads": (
         lambda: MultiHeadAttention(**SIZES).apply(ADAPTED, X, X),
-        r'collection "lora" need a layer that has adapters.*lora=None',
+        r"those of its `lora`, \[\]. Received: \['attention_output', 'query'\].*merge_lora",
+    ),
+    "one adapter that nobody reads": (
+        lambda: MultiHeadAttention(**SIZES, lora=Lora(rank=3, which=["query"])).apply(
+            ADAPTED, X, X
+        ),
+        r"those of its `lora`, \['query'\]. Received: \['attention_output', 'query'\]",
+    ),
+    "another rank, and so another scale": (
+        lambda: MultiHeadAttention(**SIZES, lora=Lora(4, 6, LORA.which)).apply(ADAPTED, X, X),
+        r"the rank of its `lora`, 4: alpha / rank is the scale. Received: .*query of rank \(3,\)",
+    ),
+    "another rank, nnx": (
+        lambda: nnx_layer(lora=Lora(4, 6, LORA.which)).set_lora_params(TREE),
+        r"the rank of its `lora`, 4",
     ),
     "another rule": (
         lambda: variables_of(MultiHeadAttention(**SIZES, lora=8)),
@@ -170,13 +184,13 @@ BAD = {
     "one name": (lambda: Lora(which="query"), r"`Lora.which`.*\('query',\)"),
     "adapters for a layer without": (
         lambda: nnx_layer().set_lora_params(TREE),
-        r"must hold the adapters of \[\]",
+        r"those of its `lora`, \[\]",
     ),
     "a rule without adapters": (
         lambda: flax_mha.nnx.MultiHeadAttention.from_params(
             nnx_layer().params, nnx_layer().config, lora=LORA
         ),
-        "as `lora` has them. Received: None",
+        "those of its `lora`.*Received: NoneType",
     ),
     "fewer adapters": (
         lambda: nnx_layer(lora=LORA).set_lora_params({"query": TREE["query"]}),

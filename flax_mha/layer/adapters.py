@@ -54,7 +54,6 @@ def checked_lora(lora: LoraCall) -> LoraCall | None:
             rule = "Without `lora` there is nothing to scale or to drop."
             checks.fail(TypeError, rule, ", ".join(extra))
         return None
-    checks.floating_params(lora.params, "lora")
     rate = checks.rate_below_one("lora_dropout", lora.dropout)
     if lora.dropout_key is not None:
         checks.prng_key("lora_dropout_key", lora.dropout_key)

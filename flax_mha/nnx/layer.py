@@ -16,7 +16,7 @@ from flax_mha.layer import Activations, CrossCache, KVCache
 from flax_mha.masks import Mask
 from flax_mha.nnx.streams import dropout_key, dropout_stream, stream
 from flax_mha.nnx.variables import BOXES, Adapters, Projection, tree_of
-from flax_mha.params.lora import check_lora, lora_params
+from flax_mha.params.lora import check_lora, check_rule, lora_params
 from flax_mha.params.tree import LETTERS, check_params, features_of, module_sizes, param_shapes
 from flax_mha.sharding.initial import init_boxed
 from flax_mha.training import regularization_loss
@@ -163,13 +163,9 @@ class MultiHeadAttention(nnx.Module):
         """Replaces the adapters by `lora_params`, a tree as `layer.lora_params`.
 
         Raises:
-            ValueError: a tree that does not fit the layer, or a layer without adapters.
+            ValueError: a tree that does not fit the layer and its `lora`, by name and rank.
         """
-        names = () if self.lora is None else self.lora.which
-        if lora_params is None or set(lora_params) != set(names):
-            rule = f"`lora_params` must hold the adapters of {list(names)}, as `lora` has them."
-            given = None if lora_params is None else sorted(lora_params)
-            checks.fail(ValueError, rule, f"{given}", "Make them by `flax_mha.lora_params`.")
+        check_rule(self.lora, lora_params)
         check_lora(lora_params, cast(ParamsLike, self.params))
         nnx.update(self.adapters, jax.tree.map(jnp.asarray, dict(lora_params)))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.config.lora import names_of
+from flax_mha.config.lora import Lora, names_of
 from flax_mha.core import boxes, checks
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array, Params, ParamsLike, PRNGKey, Shape
@@ -165,6 +165,21 @@ def check_lora(lora: Any, params: ParamsLike) -> None:
     _names(lora, [name for name, leaves in params.items() if "kernel" in leaves])
     for name, adapter in lora.items():
         _check_adapter(name, adapter, tuple(params[name]["kernel"].shape))
+
+
+def check_rule(rule: Lora | None, tree: Any) -> None:
+    """A module's adapters are those of its `lora`, and no others; its rank is in their scale."""
+    names, rank = ((), None) if rule is None else (rule.which, rule.rank)
+    if not isinstance(tree, Mapping) or set(tree) != set(names):
+        said = f"A layer's adapters must be those of its `lora`, {list(names)}."
+        given = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+        remedy = "Set `lora=flax_mha.Lora(...)` to them, or put them in by `merge_lora`."
+        checks.fail(ValueError, said, f"{given}", remedy)
+    ranks = {name: tuple(x["a"].shape[-1:]) for name, x in tree.items() if "a" in x}
+    if other := {name: found for name, found in ranks.items() if found != (rank,)}:
+        said = f"A layer's adapters must have the rank of its `lora`, {rank}: alpha / rank is the "
+        said += "scale."
+        checks.fail(ValueError, said, ", ".join(f"{n} of rank {x[-1:]}" for n, x in other.items()))
 
 
 def check_scale(lora_scale: Any) -> None:
