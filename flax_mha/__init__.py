@@ -28,10 +28,12 @@ from flax_mha.masks import BlockMask as BlockMask
 from flax_mha.masks import Mask as Mask
 from flax_mha.masks import Neighborhood as Neighborhood
 from flax_mha.masks import block_mask as block_mask
+from flax_mha.params import dequantize_params as dequantize_params
 from flax_mha.params import init_params as init_params
 from flax_mha.params import lora_params as lora_params
 from flax_mha.params import merge_lora as merge_lora
 from flax_mha.params import param_shapes as param_shapes
+from flax_mha.params import quantize_params as quantize_params
 from flax_mha.params import split_lora as split_lora
 from flax_mha.scores import attention_scores as attention_scores
 from flax_mha.sharding import param_axes as param_axes

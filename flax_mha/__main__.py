@@ -53,6 +53,7 @@ GROUPS = {
         "attention.context.layout",
     ),
     "Training": ("training.losses", "training.updates", "params.lora", "config.lora"),
+    "Serving": ("params.quantized",),
 }
 
 

@@ -27,6 +27,8 @@ from flax_mha.layer.cached_call import (
 from flax_mha.layer.call import checked_folding, prepare
 from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import cross_cache_spec
+from flax_mha.layer.stored import stored
+from flax_mha.params.quantized import read_kernels
 from flax_mha.params.tree import features_of
 
 
@@ -47,7 +49,9 @@ def init_cache(
         capacity: the most tokens that an example may have, prompt included. With a sliding window
             of at most that size, the cache is a ring of the window's size, and never full.
         dtype: the compute dtype; None = the config's `dtype`, or else its `param_dtype`. Parameters
-            and inputs of different dtypes compute in what they promote to: name that.
+            and inputs of different dtypes compute in what they promote to: name that. "int8" stores
+            each token's heads as int8 and a scale, whatever is computed in: an entry is off by
+            1/254 of the head's largest at most.
         slack: further slots of a ring. It can then be rewound by slack + 1 tokens however often it
             went round, as speculative decoding needs; a cache that is no ring needs none.
         is_causal: False = the new tokens of one call see each other as well as the past, unless the
@@ -58,10 +62,10 @@ def init_cache(
 
     Raises:
         ValueError: a capacity below 1, a negative slack, a window without causal order.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is neither floating nor int8.
 
     Memory: 2 K S H numbers an example, S = capacity or, of a ring, sliding_window + slack; of a
-    latent layer (rank + shared_dim) S.
+    latent layer (rank + shared_dim) S. Of int8 H + 4 bytes stand for H numbers.
 
     Guide: `python -m flax_mha guide decoding`.
 
@@ -89,9 +93,12 @@ def init_cache(
     check_order(checks.boolean("is_causal", is_causal), config)
     batch = (batch_shape,) if hasattr(batch_shape, "__index__") else tuple(batch_shape)
     batch = tuple(checks.integer("batch_shape", size, minimum=0) for size in batch)
-    name = checks.floating_dtype("dtype", dtype or config.dtype or config.param_dtype)
-    checks.x64_enabled("dtype", name)
+    as_int8 = _is_int8(dtype)
+    name = "int8" if as_int8 else dtype or config.dtype or config.param_dtype
+    if not as_int8:
+        checks.x64_enabled("dtype", checks.floating_dtype("dtype", name))
     _, K, H, V = config.cache_dims
+    scale = jnp.zeros((*batch, K, slots), "float32") if as_int8 else None
     return KVCache(
         jnp.zeros((*batch, K, slots, H), name),
         jnp.zeros((*batch, K, slots, V), name),
@@ -99,7 +106,17 @@ def init_cache(
         start=jnp.zeros(batch, "int32"),
         window=window if is_ring else None,
         is_causal=is_causal,
+        key_scale=scale,
+        value_scale=scale,
     )
+
+
+def _is_int8(dtype: Any) -> bool:
+    """Whether it names int8; what names no dtype at all is refused elsewhere."""
+    try:
+        return dtype is not None and jnp.dtype(dtype) == jnp.int8
+    except TypeError:
+        return False
 
 
 def init_cross_cache(
@@ -110,6 +127,7 @@ def init_cross_cache(
     config: MultiHeadAttentionConfig,
     value_mask: Array | None = None,
     max_queries: int | None = None,
+    dtype: Any = None,
     lora: ParamsLike | None = None,
     lora_scale: Any = 1.0,
 ) -> CrossCache:
@@ -123,6 +141,7 @@ def init_cross_cache(
         value_mask: booleans `[B, S]`, True = real.
         max_queries: the most queries that an example will have, all calls together; None = no
             limit. ALiBi and relative biases need it: they are tables of all distances.
+        dtype: "int8", as in `init_cache`; None = the compute dtype.
         lora: low-rank adapters, those of the calls that will read the cache.
         lora_scale: the factor of what they add.
 
@@ -131,7 +150,8 @@ def init_cross_cache(
         next call. It counts the queries: they stand at 0, 1, 2, ... beside the keys.
 
     Raises:
-        ValueError: a bias of distance without `max_queries`; and as `multi_head_attention`.
+        ValueError: a bias of distance without `max_queries`; another dtype than these; and as
+            `multi_head_attention`.
 
     Memory: O(B S (H + V) K).
 
@@ -156,11 +176,16 @@ def init_cross_cache(
     key = value if key is None else key
     check_source(config, (None, value, key))
     adapters = checked_lora(LoraCall(lora, lora_scale))
-    cache = _project_source(params, value, key, mask, adapters, config=config)
+    as_int8 = _is_int8(dtype)
+    if dtype is not None and not as_int8:
+        rule = '`dtype` must be "int8", or None for the compute dtype.'
+        checks.fail(ValueError, rule, f"dtype={dtype!r}", "Set the config's `dtype`.")
+    params = read_kernels(params)
+    cache = _project_source(params, value, key, mask, adapters, config=config, as_int8=as_int8)
     return dataclasses.replace(cache, max_queries=max_queries)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "as_int8"))
 def _project_source(
     params: ParamsLike,
     value: Array,
@@ -169,14 +194,15 @@ def _project_source(
     lora: LoraCall | None,
     *,
     config: MultiHeadAttentionConfig,
+    as_int8: bool,
 ) -> CrossCache:
     """The cache, with the explicit axes of a mesh made automatic where the arrays have any."""
     boxes.refuse(params, "params")
-    run = functools.partial(_projected, config=config)
+    run = functools.partial(_projected, config=config, as_int8=as_int8)
 
     def placed() -> CrossCache:
         checked_folding(params, (_no_query(params, value), value, key), config)
-        return cross_cache_spec(params, value, key, mask)
+        return cross_cache_spec(params, value, key, mask, as_int8)
 
     return with_auto_axes(run, placed, params, value, key, mask, lora)
 
@@ -194,15 +220,20 @@ def _projected(
     mask: Array | None,
     lora: LoraCall | None,
     config: MultiHeadAttentionConfig,
+    as_int8: bool,
 ) -> CrossCache:
     query = _no_query(params, value)
     nobody = jnp.zeros(query.shape, query.dtype)
     call = prepare(params, (nobody, value, key), Restrictions(value_mask=mask), config, False)
     batch, heads = call.folding.batch, heads_of(adapted(params, lora), call, config, cached=True)
-    fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], x.shape[3])  # noqa: E731
+    fold = lambda x: x.swapaxes(1, 2).reshape(*batch, *x.shape[2:3], x.shape[1], *x.shape[3:])  # noqa: E731
+    source = stored(heads.key(), heads.value(), as_int8)
+    key_scale, value_scale = source.scales or (None, None)
     return CrossCache(
-        fold(heads.key()),
-        fold(heads.value()),
+        fold(source.key_BSKH),
+        fold(source.value_BSKV),
         length=jnp.zeros(batch, "int32"),
         mask=None if mask is None else jnp.broadcast_to(mask, (*batch, mask.shape[-1])),
+        key_scale=None if key_scale is None else fold(key_scale),
+        value_scale=None if value_scale is None else fold(value_scale),
     )

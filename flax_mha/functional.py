@@ -20,6 +20,7 @@ from flax_mha.layer.arguments import (
 from flax_mha.layer.cached_call import check_cached_call
 from flax_mha.layer.equation import Flags, layer
 from flax_mha.masks import Mask
+from flax_mha.params.quantized import read_kernels
 
 
 def multi_head_attention(
@@ -221,7 +222,7 @@ def _run(
 ) -> Activations:
     """What must be checked of values, before tracing hides them; then the compiled layer."""
     check_arrays(arrays[:1] if isinstance(cache, CrossCache) else arrays)
-    checks.floating_params(params)
+    params = read_kernels(params)
     check_source(config, arrays)
     restrictions = checked_restrictions(config, restrictions)
     if dropout_key is not None:

@@ -21,6 +21,7 @@ from flax_mha.layer.making import heads_of
 from flax_mha.layer.outputs import scores_spec
 from flax_mha.layer.placement import distance_bias
 from flax_mha.layer.scoring import score_of
+from flax_mha.params.quantized import read_kernels
 
 
 def attention_scores(
@@ -75,7 +76,7 @@ def attention_scores(
     arrays = (query, value, value if key is None else key)
     check_arrays(arrays)
     check_source(config, arrays)
-    checks.floating_params(params)
+    params = read_kernels(params)
     if restrictions.get("dropout_start") is not None:
         rule = "`attention_scores` are the weights before dropout: it takes no `dropout_start`."
         checks.fail(TypeError, rule, "dropout_start")

@@ -58,6 +58,8 @@ THINNED = {
     "layer/test_dropout.py": 3,
     "layer/test_explicit_meshes.py": 9,
     "layer/test_flags.py": 4,
+    "layer/test_int8_cache.py": 7,
+    "layer/test_int8_weights.py": 7,
     "layer/test_keras_parity.py": 17,
     "layer/test_latent.py": 7,
     "layer/test_lora.py": 2,
@@ -85,28 +87,29 @@ THINNED = {
 }
 PROGRAMS = Programs()
 LEFT = pytest.StashKey[int]()
-# In these files, of the slow cases of a function one in so many run, chosen to be unlike others;
-# with EVERY_ROW in the environment all of them do.
+# Of the slow cases of a function one in so many run, chosen to be unlike others, and in these files
+# fewer; with EVERY_ROW in the environment all of them do.
+RARE_ELSEWHERE = 2
 RARE = {
-    "attention/context/test_pair_functions_context.py": 2,
-    "attention/test_attention.py": 2,
-    "attention/test_derivatives.py": 2,
-    "attention/test_order.py": 2,
-    "attention/test_pair_functions.py": 2,
-    "attention/test_pallas_tpu.py": 2,
-    "attention/test_shifts.py": 3,
-    "attention/test_tiles.py": 2,
-    "core/pairs/test_intervals.py": 2,
-    "demo/test_mesh.py": 2,
-    "demo/test_processes.py": 2,
-    "layer/test_collectives.py": 2,
-    "layer/test_every_transformation.py": 3,
-    "layer/test_explicit_meshes.py": 2,
-    "layer/test_keras_parity.py": 2,
-    "layer/test_oracle.py": 2,
-    "layer/test_pair_decoding.py": 2,
-    "test_decoding.py": 2,
-    "test_neighborhood.py": 2,
+    "attention/context/test_pair_functions_context.py": 4,
+    "attention/test_attention.py": 4,
+    "attention/test_derivatives.py": 4,
+    "attention/test_order.py": 4,
+    "attention/test_pair_functions.py": 4,
+    "attention/test_pallas_tpu.py": 4,
+    "attention/test_shifts.py": 6,
+    "attention/test_tiles.py": 4,
+    "core/pairs/test_intervals.py": 4,
+    "demo/test_mesh.py": 4,
+    "demo/test_processes.py": 4,
+    "layer/test_collectives.py": 4,
+    "layer/test_every_transformation.py": 6,
+    "layer/test_explicit_meshes.py": 4,
+    "layer/test_keras_parity.py": 4,
+    "layer/test_oracle.py": 4,
+    "layer/test_pair_decoding.py": 4,
+    "test_decoding.py": 4,
+    "test_neighborhood.py": 4,
 }
 # Tables that `--thin` leaves whole: each of their cases is another part of JAX.
 WHOLE = {
@@ -171,9 +174,9 @@ def left_out(items, n):
 
 def rare(items):
     """The slow cases that run with EVERY_ROW alone."""
-    large = [cases for cases in tables(items, is_slow) if file_of(cases[0]) in RARE]
-    kept = [unlike(cases, RARE[file_of(cases[0])]) for cases in large]
-    return {case for cases, some in zip(large, kept) for case in set(cases) - set(some)}
+    slow = tables(items, is_slow)
+    kept = [unlike(cases, RARE.get(file_of(cases[0]), RARE_ELSEWHERE)) for cases in slow]
+    return {case for cases, some in zip(slow, kept) for case in set(cases) - set(some)}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,7 +19,7 @@ PUBLIC = {
         block_mask constrain
         context_parallel_attention dot_product_attention explain forward init_cache
         init_cross_cache init_params lora_params merge_lora multi_head_attention param_axes
-        param_shapes param_specs
+        param_shapes param_specs dequantize_params quantize_params
         regularization_loss split_lora zigzag_inverse zigzag_order
     """,
     "flax_mha.attention": "DistanceBias Residuals merge",
@@ -59,7 +59,8 @@ PUBLIC = {
 # Handed on at the top too, where people find them first.
 ALSO = {
     "flax_mha.layer": "Activations CrossCache KVCache",
-    "flax_mha.params": "init_params lora_params merge_lora param_shapes split_lora",
+    "flax_mha.params": "dequantize_params init_params lora_params merge_lora param_shapes"
+    " quantize_params split_lora",
     "flax_mha.sharding": "param_axes param_specs",
     "flax_mha.training": "activity_loss apply_constraints constrain regularization_loss",
 }

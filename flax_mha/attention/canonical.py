@@ -15,7 +15,7 @@ from flax_mha.attention.context.positions import (
     stored_positions,
     whole_length,
 )
-from flax_mha.attention.contract import Inputs, Options
+from flax_mha.attention.contract import Inputs, Options, Scales
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of, words_of
 from flax_mha.core import checks
@@ -49,13 +49,16 @@ def canonical(
     return_weights: bool,
     return_residuals: bool,
     axis: ContextAxis | None,
+    scales: Scales | None = None,
 ) -> tuple[Inputs, Options]:
     """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included.
 
     The arguments and their defaults are those of `dot_product_attention`. Where devices share the
-    keys, biases, dense masks and functions of pairs have the columns of all of them.
+    keys, biases, dense masks and functions of pairs have the columns of all of them. With `scales`
+    key and value are int8, of a cache that was checked.
     """
-    checks.attention_arrays(query, key, value)
+    if scales is None:
+        checks.attention_arrays(query, key, value)
     if dropout_key is not None:
         checks.prng_key("dropout_key", dropout_key)
     rate = checks.rate("dropout_rate", dropout_rate)
@@ -76,6 +79,7 @@ def canonical(
         key_BSKH=_flat(key),
         value_BSKV=_flat(value),
         mask=mask,
+        scales=scales,
         where=where,
         score=None if score is None else separated(score, places, sizes),
         bias_bnts=None if bias is None else _over_scores("bias", _bias(bias), groups),

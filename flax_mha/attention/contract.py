@@ -27,6 +27,13 @@ from flax_mha.masks import Mask
 NAMES = ("flax_mha_context", "flax_mha_residuals")
 
 
+class Scales(NamedTuple):
+    """Of keys and values that are int8: float32, one factor a key and head."""
+
+    key_BSK: Array
+    value_BSK: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
@@ -36,6 +43,7 @@ class Inputs:
     key_BSKH: Array
     value_BSKV: Array
     mask: Mask
+    scales: Scales | None = None  # None = keys and values are what they stand for
     where: tuple[Allowed, ...] = ()  # what the mask says beyond its plain part
     score: Separated | None = None
     bias_bnts: Array | None = None

@@ -87,6 +87,7 @@ def _of_place(platform: str | None) -> Iterator[str]:
 
 
 def _of_options(inputs: Inputs, options: Options) -> Iterator[tuple[bool, str]]:
+    yield inputs.scales is not None, "it has no keys and values of int8"
     yield options.return_weights, "it never holds the weights [T, S] that return_weights asks for"
     yield options.return_residuals, "jax rounds its residuals to 16 bits, without a gradient"
     yield inputs.sinks_N is not None, "sinks need residuals, which jax rounds to 16 bits"

@@ -12,7 +12,7 @@ from flax_mha.attention.canonical import canonical
 from flax_mha.attention.context.axis import ContextAxis, context_axis_of
 from flax_mha.attention.context.positions import is_shard
 from flax_mha.attention.context.strategies import run_context
-from flax_mha.attention.contract import Options, Output, Residuals
+from flax_mha.attention.contract import Options, Output, Residuals, Scales
 from flax_mha.attention.cut import Cut, cut_along, cut_of, run_cut
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.attention.dropout import start_of
@@ -142,8 +142,18 @@ def dot_product_attention(
     return with_auto_axes(attend, lambda: _placed(query, key, value, *wanted), data)
 
 
-def attention_cut(cut: Cut | None, query: Array, key: Array, value: Array, **call: Any) -> Any:
+def attention_cut(
+    cut: Cut | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scales: Scales | None = None,
+    **call: Any,
+) -> Any:
     """`dot_product_attention` of arrays with automatic axes only, cut over devices as told.
+
+    With `scales` key and value are int8, of a cache, which no cut ever meets.
 
     Example:
         >>> import jax
@@ -152,7 +162,7 @@ def attention_cut(cut: Cut | None, query: Array, key: Array, value: Array, **cal
         (2, 5, 3, 8)
     """
     data, static, implementation, axis = bound(query, key, value, call)
-    return _attend(data, static, How(implementation, cut, axis))
+    return _attend({**data, "scales": scales}, static, How(implementation, cut, axis))
 
 
 class How(NamedTuple):

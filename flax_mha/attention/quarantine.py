@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention.contract import Inputs
+from flax_mha.attention.contract import Inputs, Scales
 from flax_mha.core.nans import nan_where
 from flax_mha.core.sizes import at_least, is_known
 from flax_mha.core.typing import Array
@@ -43,9 +43,14 @@ def without_padding(inputs: Inputs) -> Inputs:
 
 def without_positions(inputs: Inputs, query_BT: Array | None, key_BS: Array | None) -> Inputs:
     """Zeros for the queries and keys that do not stay."""
+    inputs = dataclasses.replace(inputs, query_BTNH=_rows(inputs.query_BTNH, query_BT))
+    if inputs.scales is not None:
+        scales = (
+            x if key_BS is None else jnp.where(key_BS[..., None], x, 0) for x in inputs.scales
+        )
+        return dataclasses.replace(inputs, scales=Scales(*scales))
     return dataclasses.replace(
         inputs,
-        query_BTNH=_rows(inputs.query_BTNH, query_BT),
         key_BSKH=_rows(inputs.key_BSKH, key_BS),
         value_BSKV=_rows(inputs.value_BSKV, key_BS),
     )
@@ -54,6 +59,8 @@ def without_positions(inputs: Inputs, query_BT: Array | None, key_BS: Array | No
 def finite_rows(inputs: Inputs) -> tuple[Array, Array]:
     """Which queries, and which keys and values, hold neither NaN nor Inf."""
     query_BTNH, key_BSKH, value_BSKV = inputs.query_BTNH, inputs.key_BSKH, inputs.value_BSKV
+    if inputs.scales is not None:
+        key_BSKH, value_BSKV = (x[..., None] for x in inputs.scales)
     return _finite(query_BTNH), _finite(key_BSKH) & _finite(value_BSKV)
 
 

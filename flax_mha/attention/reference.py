@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_mha.attention import dropout
+from flax_mha.attention import dropout, stored
 from flax_mha.attention.contract import Inputs, Options, Output, Residuals, named, shift_of
 from flax_mha.attention.logits import scaled_product, scales, soft_capped, unforbidden
 from flax_mha.core.dtypes import wide_dtype
@@ -36,6 +36,8 @@ def _logits(inputs: Inputs, options: Options) -> Array:
     of_query, _ = scales(options, inputs.query_BTNH.dtype)
 
     def multiply(rows_BKRH: Array, key_BSKH: Array) -> Array:
+        if inputs.scales is not None:
+            return stored.product(einsum, rows_BKRH, inputs.key_BSKH, inputs.scales)
         if at_least(T, 2) is not False:
             return einsum("BKRH,BSKH->BKRS", rows_BKRH, key_BSKH)
         # The keys first: the other way XLA's CPU would transpose a whole cache of them.
@@ -93,8 +95,12 @@ def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
 def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
     B, N, T, S = weights_BNTS.shape
     K, V = inputs.value_BSKV.shape[2:]
-    einsum = _einsum(inputs.value_BSKV, options)
-    weights_BKRS = weights_BNTS.reshape(B, K, N // K * T, S).astype(inputs.value_BSKV.dtype)
-    context_BKRV = einsum("BKRS,BSKV->BKRV", weights_BKRS, inputs.value_BSKV)
-    context_BNTV = context_BKRV.reshape(B, N, T, V).astype(inputs.value_BSKV.dtype)
+    dtype = inputs.query_BTNH.dtype
+    einsum = _einsum(inputs.query_BTNH, options)
+    weights_BKRS = weights_BNTS.reshape(B, K, N // K * T, S)
+    if inputs.scales is None:
+        context_BKRV = einsum("BKRS,BSKV->BKRV", weights_BKRS.astype(dtype), inputs.value_BSKV)
+    else:
+        context_BKRV = stored.context(einsum, weights_BKRS, inputs.value_BSKV, inputs.scales, dtype)
+    context_BNTV = context_BKRV.reshape(B, N, T, V).astype(dtype)
     return context_BNTV.swapaxes(1, 2)

@@ -87,7 +87,13 @@ def one_name_an_axis(value: Any, where: str, letters: str, rank: int) -> None:
 
 
 def refuse(tree: Any, where: str) -> None:
-    """Refuses a tree of parameters with boxes, where arrays are read: by name, with the remedy."""
+    """Refuses a tree of parameters with what is no array, where they are read: by name.
+
+    That is a box, or a quantized kernel, of which a call alone knows what it stands for.
+    """
+    if hasattr(tree, "qvalue") or (isinstance(tree, Mapping) and set(tree) == {"value", "scale"}):
+        remedy = "Pass `flax_mha.dequantize_params(params)`."
+        fail(TypeError, f"{where} must be an array.", "a quantized kernel", remedy)
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             refuse(value, f"{where}[{name!r}]")

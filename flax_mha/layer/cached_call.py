@@ -154,13 +154,30 @@ def _check_arrays(
             rule = f"`cache.{name}` must be [*batch, K, S, {'HV'[name == 'value']}] = {expected}."
             remedy = "Make it by `init_cache(config, batch_shape, capacity, dtype)` of this config."
             checks.fail(ValueError, rule, f"shape {array.shape}", remedy)
-        if array.dtype != dtype:
+        scale = getattr(cache, f"{name}_scale")
+        if scale is not None:
+            _check_int8(name, array, scale)
+        elif array.dtype != dtype:
             rule = f"`cache.{name}` must have the compute dtype {name_of_dtype}."
             remedy = f"Pass `dtype='{name_of_dtype}'` to `init_cache`, or set the config's `dtype`."
             checks.fail(TypeError, rule, f"dtype {array.dtype}", remedy)
+    if (cache.key_scale is None) != (cache.value_scale is None):
+        rule = "A cache is int8 as a whole: keys and values have scales, or none has."
+        checks.fail(ValueError, rule, "one of `key_scale` and `value_scale`")
     if cache.length.shape != folding.batch or cache.length.dtype != jnp.int32:
         rule = f"`cache.length` must be int32 [*batch] = {folding.batch}."
         checks.fail(ValueError, rule, f"{cache.length.dtype} of shape {cache.length.shape}")
+
+
+def _check_int8(name: str, array: Any, scale: Any) -> None:
+    """What `init_cache(..., dtype="int8")` makes, and no floats put in its place."""
+    remedy = "Pass the cache that the last call returned."
+    if array.dtype != jnp.int8:
+        rule = f"`cache.{name}` must be int8, for the cache has a `{name}_scale`."
+        checks.fail(TypeError, rule, f"dtype {array.dtype}", remedy)
+    if scale.shape != array.shape[:-1] or scale.dtype != jnp.float32:
+        rule = f"`cache.{name}_scale` must be float32 [*batch, K, S] = {array.shape[:-1]}."
+        checks.fail(ValueError, rule, f"{scale.dtype} of shape {scale.shape}", remedy)
 
 
 def check_no_grid(config: MultiHeadAttentionConfig) -> None:

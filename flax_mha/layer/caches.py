@@ -41,11 +41,14 @@ class KVCache:
         start: int32 `[*batch]`, the first of them that is still held; 0 except in a ring.
         window: the sliding window that a ring serves, position p in slot p % S; None = no ring.
         is_causal: False = the tokens of a call without `use_causal_mask` see each other; static.
+        key_scale: float32 `[*batch, K, S]`, what each key is multiplied by; None unless it is int8.
+        value_scale: likewise of each value.
 
     Of a latent layer the key is `[*batch, 1, S, L + W]`, latents and the shared part of the keys,
     and the value `[*batch, 1, S, 0]`: see `flax_mha.Latent`.
 
-    Memory: 2 K S H numbers an example: S the sliding window if there is one, K the key/value heads.
+    Memory: 2 K S H numbers an example: S the sliding window if there is one, K the key/value heads;
+    of int8 2 K S (H + 4) bytes.
 
     Example:
         >>> import jax.numpy as jnp, flax_mha
@@ -65,6 +68,8 @@ class KVCache:
     start: Array
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     is_causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    key_scale: Array | None = None
+    value_scale: Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -147,6 +152,8 @@ class CrossCache:
         length: int32 `[*batch]`, the queries read so far by each example.
         mask: booleans `[*batch, S]`, True = a real key; None = all are.
         max_queries: the most queries that an example may have; static, None = no limit.
+        key_scale: float32 `[*batch, K, S]`, as in `KVCache`.
+        value_scale: likewise.
 
     Memory: (H + V) K S numbers an example; of a latent layer, as in `KVCache`, (L + W) S.
 
@@ -172,6 +179,8 @@ class CrossCache:
     length: Array
     mask: Array | None = None
     max_queries: int | None = dataclasses.field(default=None, metadata={"static": True})
+    key_scale: Array | None = None
+    value_scale: Array | None = None
 
     @property
     def overflowed(self) -> Array:
@@ -254,16 +263,17 @@ def register_state(register: Callable[..., Any]) -> None:
 
 def _state_of(cache: Any) -> dict[str, Any]:
     """The arrays by their names; what is static comes from the cache that is restored into."""
-    return {name: getattr(cache, name) for name in _arrays_of(type(cache))}
+    return {name: getattr(cache, name) for name in _arrays_of(cache)}
 
 
 def _with_state(cache: Any, state: dict[str, Any]) -> Any:
-    names = _arrays_of(type(cache))
+    names = _arrays_of(cache)
+    state = {name: x for name, x in state.items() if x is not None}
     if sorted(state) != sorted(names):
-        rule = f"The state of a {type(cache).__name__} has the entries {names}."
+        rule = f"The state of this {type(cache).__name__} has the entries {names}."
         checks.fail(ValueError, rule, f"{sorted(state)}")
     for name in names:
-        shapes = [None if x is None else np.shape(x) for x in (getattr(cache, name), state[name])]
+        shapes = [np.shape(x) for x in (getattr(cache, name), state[name])]
         if shapes[0] != shapes[1]:
             rule = (
                 f"`{name}` must have the shape of the cache that it is restored into, {shapes[0]}."
@@ -272,8 +282,9 @@ def _with_state(cache: Any, state: dict[str, Any]) -> Any:
     return dataclasses.replace(cache, **state)
 
 
-def _arrays_of(kind: Any) -> list[str]:
-    return [x.name for x in dataclasses.fields(kind) if not x.metadata.get("static")]
+def _arrays_of(cache: Any) -> list[str]:
+    names = [x.name for x in dataclasses.fields(cache) if not x.metadata.get("static")]
+    return [name for name in names if getattr(cache, name) is not None]
 
 
 for _kind in (KVCache, CrossCache):

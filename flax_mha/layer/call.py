@@ -20,6 +20,7 @@ from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.chunks import chunk_mask
 from flax_mha.layer.placement import folded_pair, positions_of, with_dense_bias
 from flax_mha.masks import Mask, Neighborhood
+from flax_mha.params.quantized import QuantizedKernel
 from flax_mha.params.tree import check_params, features_of
 
 
@@ -171,4 +172,5 @@ def _compute_dtype(params: Any, arrays: Any, config: MultiHeadAttentionConfig) -
     """The config's dtype, or what inputs and parameters promote to."""
     if config.dtype is not None:
         return jnp.dtype(config.dtype)
-    return promoted(leaf.dtype for leaf in jax.tree.leaves((params, arrays)))
+    whole = lambda x: isinstance(x, QuantizedKernel)  # noqa: E731
+    return promoted(leaf.dtype for leaf in jax.tree.leaves((params, arrays), is_leaf=whole))

@@ -31,6 +31,7 @@ from flax_mha.layer.outputs import (
 from flax_mha.layer.placement import distance_bias
 from flax_mha.layer.projection import as_rank
 from flax_mha.layer.scoring import score_of
+from flax_mha.layer.stored import stored
 from flax_mha.masks import Mask
 
 
@@ -137,6 +138,7 @@ def _equation(
         query_BTNH,
         view.key_BSKH,
         view.value_BSKV,
+        scales=view.scales,
         mask=view.mask,
         bias=view.bias_bnts,
         score=score_of(params, config, query_BTNH.dtype, view.places),
@@ -191,7 +193,8 @@ def _view(heads: Heads, flags: Flags, cache: Any) -> tuple[View, Any]:
         bias = distance_bias(params, config, T, S)
         return View(key_BSKH, value_BSKV, call.mask, call.bias_bnts, bias), None
     real_bT, causal = call.mask.key_padding, flags.use_causal_mask
-    news = News(key_BSKH, value_BSKV, real_bT, causal, config.chunk_size)
+    as_stored = stored(key_BSKH, value_BSKV, cache.key_scale is not None)
+    news = News(as_stored, real_bT, causal, config.chunk_size)
     bias = distance_bias(params, config, T, cache.capacity + T, reach=cache.capacity)
     cache, view = extend(cache, news, bias)
     return view, cache

@@ -5,16 +5,18 @@ encoder's keys of a `CrossCache` stay as they are; its queries are counted.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_mha.attention import DistanceBias
+from flax_mha.attention.contract import Scales
 from flax_mha.core.typing import Array
 from flax_mha.layer.caches import SPOILED, CrossCache, KVCache, is_spoiled
 from flax_mha.layer.chunks import chunk_mask
+from flax_mha.layer.stored import Stored, flat, held, scales_of
 from flax_mha.masks import Mask
 from flax_mha.masks.placed import placed_mask
 
@@ -38,6 +40,15 @@ class View(NamedTuple):
     bias_bnts: Array | None
     distance_bias: DistanceBias | None
     places: Places | None = None  # where queries and keys stand; None = where their indices say
+    scales: Scales | None = None  # of keys and values that are int8
+
+    @classmethod
+    def of(
+        cls, stored: Stored, mask: Mask, bias_bnts: Any, distance_bias: Any, places: Places
+    ) -> "View":
+        """Of keys and values as they are stored."""
+        key, value, scales = stored
+        return cls(key, value, mask, bias_bnts, distance_bias, places, scales)
 
     def with_mask(self, mask: Mask | None) -> "View":
         """Further restricted by a mask whose t and s are positions."""
@@ -49,33 +60,36 @@ class View(NamedTuple):
 
 
 class News(NamedTuple):
-    """The new tokens of one call: heads, which of them are real, who sees whom."""
+    """The new tokens of one call: heads as they are stored, which are real, who sees whom."""
 
-    key_BTKH: Array
-    value_BTKV: Array
+    stored: Stored
     real_bT: Array | None
     is_causal: bool
     chunk_size: int | None = None
 
     @property
     def count_B(self) -> Array:
-        B, T = self.key_BTKH.shape[:2]
+        B, T = self.stored.key_BSKH.shape[:2]
         if self.real_bT is None:
             return jnp.full(B, T, "int32")
         return jnp.broadcast_to(self.real_bT.sum(1, dtype="int32"), B)
+
+    @property
+    def T(self) -> int:
+        return self.stored.key_BSKH.shape[1]
 
 
 def extend(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
     """The cache with the new tokens, and what their queries may see."""
     if not cache.is_ring:
         return _extend_line(cache, news, bias)
-    one_token = news.key_BTKH.shape[1] == 1
+    one_token = news.T == 1
     return (_step_ring if one_token else _extend_ring)(cache, news, bias)
 
 
 def _extend_line(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
     """Slot p holds position p: the band says it all, in every block and with every length."""
-    length_B, S, T = cache.length.reshape(-1), cache.capacity, news.key_BTKH.shape[1]
+    length_B, S, T = cache.length.reshape(-1), cache.capacity, news.T
     slot_1S = _index(S)
     places = Places(length_B[:, None] + _index(T), slot_1S)
     mask = Mask.causal(length_B)
@@ -86,7 +100,7 @@ def _extend_line(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple
     cache = _written(cache, news, first=0)
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=length_B)
-    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, None, bias, places)
+    return cache, View.of(held(cache), mask, None, bias, places)
 
 
 def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
@@ -102,17 +116,17 @@ def _step_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[K
     dense = None if bias is None else bias.at(-age_BS[:, None])
     cache = _written(cache, news, first=0)
     mask, places = Mask.padding(key=seen_BS), Places(length_B1, (length_B1 - age_BS).clip(0))
-    return cache, View(_heads_last(cache.key), _heads_last(cache.value), mask, dense, None, places)
+    return cache, View.of(held(cache), mask, dense, None, places)
 
 
 def _extend_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple[KVCache, View]:
     """Many tokens: they see the ring in the order of its positions, and then each other."""
     length_B, S = cache.length.reshape(-1), cache.capacity
     order_BS = (length_B[:, None] + _index(S)) % S
-    unrolled = lambda x: jnp.take_along_axis(  # noqa: E731
-        _heads_last(x), order_BS[:, :, None, None], axis=1
+    unrolled = held(cache).map(
+        lambda x: jnp.take_along_axis(x, order_BS.reshape(*order_BS.shape, *(1,) * (x.ndim - 2)), 1)
     )
-    T = news.key_BTKH.shape[1]
+    T = news.T
     key_position_BS = (length_B[:, None] - S + _index(S + T)).clip(0)
     places = Places(length_B[:, None] + _index(T), key_position_BS)
     held_BS = _index(S) >= S - length_B[:, None]
@@ -123,11 +137,10 @@ def _extend_ring(cache: KVCache, news: News, bias: DistanceBias | None) -> tuple
     mask &= dataclasses.replace(Mask.window(cache.window - 1, 0), query_offset=offset_1)
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=offset_1)
-    key_BSKH = jnp.concatenate([unrolled(cache.key), news.key_BTKH], 1)
-    value_BSKV = jnp.concatenate([unrolled(cache.value), news.value_BTKV], 1)
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), unrolled, news.stored)
     # Of many tokens only the last S stay: none is written that a later one would replace.
     cache = _written(cache, news, first=news.count_B - S)
-    return cache, View(key_BSKH, value_BSKV, mask, None, bias, places)
+    return cache, View.of(both, mask, None, bias, places)
 
 
 def _index(length: int) -> Array:
@@ -136,7 +149,7 @@ def _index(length: int) -> Array:
 
 def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     """The real new tokens from `first` on in their slots; what does not fit is dropped."""
-    T, S = news.key_BTKH.shape[1], cache.capacity
+    T, S = news.T, cache.capacity
     length_B = cache.length.reshape(-1)
     index_1T = _index(T)
     slot_BT = length_B[:, None] + index_1T
@@ -146,14 +159,21 @@ def _written(cache: KVCache, news: News, first: Any) -> KVCache:
     slot_BT = jnp.where(stays_BT, slot_BT, S)
 
     def write(held: Array, new_BTKF: Array) -> Array:
-        held_BKSF = _flat(held)
+        held_BKSF = flat(held)
         arrays = (held_BKSF, new_BTKF, slot_BT)
         held_BKSF = lax.platform_dependent(*arrays, tpu=_scattered, default=_scattered_two)
         return held_BKSF.reshape(held.shape)
 
-    key, value = write(cache.key, news.key_BTKH), write(cache.value, news.value_BTKV)
+    def write_scale(held: Array, new_BTK: Array) -> Array:
+        return write(held[..., None], new_BTK[..., None])[..., 0]
+
+    key, value, scales = news.stored
+    changed: dict[str, Any] = {"key": write(cache.key, key), "value": write(cache.value, value)}
+    if scales is not None:
+        pairs = zip(("key_scale", "value_scale"), scales_of(cache), scales)
+        changed |= {name: write_scale(old, new) for name, old, new in pairs}
     length, start = _counted(cache, news)
-    return dataclasses.replace(cache, key=key, value=value, length=length, start=start)
+    return dataclasses.replace(cache, **changed, length=length, start=start)
 
 
 def _counted(cache: KVCache, news: News) -> tuple[Array, Array]:
@@ -191,16 +211,6 @@ def _two_at_least(x_BT: Array, filler: int) -> Array:
     return jnp.pad(x_BT, widths, constant_values=filler)
 
 
-def _heads_last(x: Array) -> Array:
-    """`[*batch, K, S, F]` to `[B, S, K, F]`."""
-    return _flat(x).swapaxes(1, 2)
-
-
-def _flat(x: Array) -> Array:
-    """The batch axes as one; not by -1, for a cache of latents has values of no features."""
-    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
-
-
 def read_source(
     cache: CrossCache, T: int, mask: Mask, bias_bnts: Array | None, bias: DistanceBias | None
 ) -> tuple[CrossCache, View]:
@@ -210,7 +220,7 @@ def read_source(
     if bias is not None:
         bias = dataclasses.replace(bias, query_offset=cache.length.reshape(-1))
     places = Places(cache.length.reshape(-1, 1) + _index(T), _index(cache.key.shape[-2]))
-    view = View(_heads_last(cache.key), _heads_last(cache.value), mask, bias_bnts, bias, places)
+    view = View.of(held(cache), mask, bias_bnts, bias, places)
     length_B = cache.length.reshape(-1) + reached(mask.query_padding, T)
     length_B = jnp.where(_spoiled(cache), SPOILED, length_B)
     return dataclasses.replace(cache, length=length_B.reshape(cache.length.shape)), view

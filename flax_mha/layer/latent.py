@@ -12,6 +12,7 @@ import math
 
 import jax.numpy as jnp
 
+from flax_mha.attention.contract import Scales
 from flax_mha.core.typing import Array
 from flax_mha.layer.adapters import kernel_of
 from flax_mha.layer.extend import View
@@ -75,7 +76,8 @@ class AbsorbedHeads(LatentHeads):
 
     def read(self, view: View) -> View:
         """Keys that are their own values: to cut the shared part off would copy the cache."""
-        return view._replace(value_BSKV=view.key_BSKH)
+        scales = None if view.scales is None else Scales(view.scales.key_BSK, view.scales.key_BSK)
+        return view._replace(value_BSKV=view.key_BSKH, scales=scales)
 
     def context(self, context_BTNV: Array) -> Array:
         latent_BTNL = context_BTNV[..., : self.config.latent.rank]

@@ -16,6 +16,7 @@ from flax_mha.core.typing import ParamsLike
 from flax_mha.layer.arguments import Arrays
 from flax_mha.layer.caches import CrossCache, KVCache
 from flax_mha.layer.call import checked_folding
+from flax_mha.params.quantized import QuantizedKernel
 
 
 def leading_axes(x: Any, others: list[Any], folding: Folding) -> tuple[Any, ...]:
@@ -33,7 +34,7 @@ def leading_axes(x: Any, others: list[Any], folding: Folding) -> tuple[Any, ...]
 def output_spec(params: ParamsLike, arrays: Arrays, folding: Folding) -> Any:
     query, value, key = arrays
     leading = leading_axes(query, [value, key], folding)
-    return spec(*leading, *axes_of(params["attention_output"]["kernel"])[2:])
+    return spec(*leading, *kernel_axes(params["attention_output"]["kernel"])[2:])
 
 
 def scores_spec(
@@ -56,17 +57,15 @@ def scores_spec(
         sources = [axes_of(value)[axis] for axis in folding.attended]
     else:  # many tokens of a ring see its slots and each other, on an axis that no operand has
         sources = [None if _is_ring(cache) else axes_of(cache.key)[-2]]
-    return spec(*batch, axes_of(params["query"]["kernel"])[1], *targets, *sources)
+    return spec(*batch, kernel_axes(params["query"]["kernel"])[1], *targets, *sources)
 
 
 def projection_specs(params: ParamsLike, arrays: Arrays, folding: Folding) -> dict[str, Any]:
     """query, key, value and gate: the leading axes of their input, and their kernel's heads."""
     inputs = dict(zip(("query", "value", "key"), arrays), gate=arrays[0])
-    return {
-        name: spec(*leading_axes(x, list(arrays), folding), *axes_of(params[name]["kernel"])[1:])
-        for name, x in inputs.items()
-        if name in params
-    }
+    there = {name: kernel_axes(params[name]["kernel"])[1:] for name in inputs if name in params}
+    leading = {name: leading_axes(inputs[name], list(arrays), folding) for name in there}
+    return {name: spec(*leading[name], *there[name]) for name in there}
 
 
 def attention_axes(params: ParamsLike, arrays: Arrays, config: Any) -> Cut | None:
@@ -81,8 +80,12 @@ def attention_axes(params: ParamsLike, arrays: Arrays, config: Any) -> Cut | Non
         batch = [axes for axis, axes in enumerate(leading) if axis not in folding.attended]
         key, lengths = params["key"]["kernel"], () if axis is None else (axis.name,)
         sizes = math.prod(folding.batch), key.shape[1]
-        cut = cut_of(mesh, batch, axes_of(key)[1], *sizes, lengths)
+        cut = cut_of(mesh, batch, kernel_axes(key)[1], *sizes, lengths)
     return cut if axis is None else cut_along(mesh, axis, cut)
+
+
+def kernel_axes(kernel: Any) -> tuple[Any, ...]:
+    return axes_of(kernel.value if isinstance(kernel, QuantizedKernel) else kernel)
 
 
 def cache_spec(cache: KVCache | CrossCache | None) -> Any:
@@ -90,17 +93,22 @@ def cache_spec(cache: KVCache | CrossCache | None) -> Any:
     return jax.tree.map(spec_of, cache)
 
 
-def cross_cache_spec(params: ParamsLike, value: Any, key: Any, mask: Any) -> CrossCache:
+def cross_cache_spec(
+    params: ParamsLike, value: Any, key: Any, mask: Any, as_int8: bool
+) -> CrossCache:
     """An encoder's keys and values where its outputs are, their heads where the kernels' are."""
     *batch, S, _ = axes_of(value)
     K = H = V = None  # of latents, which are not cut
     if "latent" not in params:
-        K, H = axes_of(params["key"]["kernel"])[1:]
-        _, V = axes_of(params["value"]["kernel"])[1:]
-    specs: list[Any] = [spec(*batch, K, axes_of(key)[-2], H), spec(*batch, K, S, V), spec(*batch)]
-    if mask is not None:
-        specs.append(spec(*batch, S))
-    return CrossCache(*specs)
+        K, H = kernel_axes(params["key"]["kernel"])[1:]
+        _, V = kernel_axes(params["value"]["kernel"])[1:]
+    keys: Any = spec(*batch, K, axes_of(key)[-2], H)
+    values: Any = spec(*batch, K, S, V)
+    scales: list[Any] = [spec(*batch, K, axes_of(key)[-2]), spec(*batch, K, S)]
+    lengths: Any = spec(*batch)
+    real: Any = None if mask is None else spec(*batch, S)
+    key_scale, value_scale = scales if as_int8 else (None, None)
+    return CrossCache(keys, values, lengths, real, None, key_scale, value_scale)
 
 
 def _is_ring(cache: KVCache | CrossCache) -> bool:

@@ -20,6 +20,7 @@ from flax_mha.core.nans import nan_where
 from flax_mha.core.platform import Place
 from flax_mha.core.program import Program, apply
 from flax_mha.core.typing import Array, DType
+from flax_mha.params.quantized import QuantizedKernel
 
 
 def project(
@@ -30,11 +31,11 @@ def project(
     With `isolate`, a position that holds NaN or Inf passes the product as zeros and is NaN behind
     it: its NaN times a zero cotangent would otherwise reach the kernel's gradient.
     """
-    kernel, adapter = projection["kernel"].astype(dtype), projection.get("lora")
+    kernel, adapter = projection["kernel"], projection.get("lora")
 
     def linear(x: Array) -> Array:
         x = x.astype(dtype)
-        y = contract(equation, x, kernel, precision)
+        y = _times(equation, x, kernel, precision)
         if adapter is not None:
             y += _through(adapter, equation, x, precision)
         if "bias" in projection:
@@ -42,6 +43,14 @@ def project(
         return y
 
     return isolated(linear, x) if isolate else linear(x)
+
+
+def _times(equation: str, x: Array, kernel: Any, precision: Any) -> Array:
+    """x . kernel; of a quantized one, x . values and then the scale."""
+    if not isinstance(kernel, QuantizedKernel):
+        return contract(equation, x, kernel.astype(x.dtype), precision)
+    y = contract(equation, x, kernel.values(x.dtype), precision)
+    return y * jax.lax.broadcast_to_rank(kernel.scale_beside(x.dtype), y.ndim)
 
 
 def _through(adapter: Any, equation: str, x: Array, precision: Any) -> Array:

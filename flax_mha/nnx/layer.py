@@ -17,6 +17,7 @@ from flax_mha.masks import Mask
 from flax_mha.nnx.streams import dropout_key, dropout_stream, stream
 from flax_mha.nnx.variables import BOXES, Adapters, Projection, tree_of
 from flax_mha.params.lora import check_lora, check_rule, lora_params
+from flax_mha.params.quantized import is_quantized, read_kernels
 from flax_mha.params.tree import LETTERS, check_params, features_of, module_sizes, param_shapes
 from flax_mha.sharding.initial import init_boxed
 from flax_mha.training import regularization_loss
@@ -149,15 +150,20 @@ class MultiHeadAttention(nnx.Module):
         return cast(Params, {} if self.adapters is None else tree_of(self.adapters, LETTERS))
 
     def set_params(self, params: ParamsLike) -> None:
-        """Replaces the parameters by `params`, a tree as `layer.params`.
+        """Replaces the parameters by `params`, a tree as `layer.params`, quantized or not.
 
         Raises:
             ValueError: a tree that does not fit the layer, by name.
         """
         now = cast(ParamsLike, self.params)
         D, M, C = ((size,) for size in features_of(now).values())
-        check_params(params, self.config, D, M, C)
-        nnx.update(self, {name: jax.tree.map(jnp.asarray, dict(params[name])) for name in now})
+        check_params(read_kernels(params), self.config, D, M, C)
+        for name, leaves in now.items():
+            arrays = jax.tree.map(jnp.asarray, dict(params[name]))
+            if is_quantized(arrays) != is_quantized(leaves):
+                setattr(self, name, Projection(arrays))
+            else:
+                nnx.update(getattr(self, name), arrays)
 
     def set_lora_params(self, lora_params: Any) -> None:
         """Replaces the adapters by `lora_params`, a tree as `layer.lora_params`.

@@ -1,6 +1,7 @@
 """A layer's arrays as nnx's variables: `nnx.Param`s of its projections, `nnx.LoRAParam`s beside."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -26,12 +27,27 @@ BOXES = Boxes("flax.nnx", _metadata)
 
 
 class Projection(nnx.Module):
-    """One linear map's parameters: `kernel`, and `bias` where it has one, as `nnx.Param`s."""
+    """One linear map's parameters: `kernel`, and `bias` where it has one, as `nnx.Param`s.
+
+    A quantized kernel is a module, of variables that are not trained.
+    """
 
     def __init__(self, arrays: ParamsLike):
         for leaf, array in arrays.items():
             with _placing(array):
-                setattr(self, leaf, nnx.Param(array))
+                made = Quantized(array) if isinstance(array, Mapping) else nnx.Param(array)
+                setattr(self, leaf, made)
+
+
+class QuantizedVariable(nnx.Variable[Any]):
+    """An array that no optimizer of `nnx.Param`s meets."""
+
+
+class Quantized(nnx.Module):
+    """A kernel of small numbers, `value` and `scale`."""
+
+    def __init__(self, arrays: Mapping[str, Array]):
+        self.value, self.scale = (QuantizedVariable(arrays[x]) for x in ("value", "scale"))
 
 
 class Adapter(nnx.Module):

@@ -106,6 +106,7 @@ def merge_lora(params: ParamsLike, lora: ParamsLike, lora_scale: Any = 1.0) -> P
         >>> float(abs(merged["key"]["kernel"] - params["key"]["kernel"]).max().round())
         4.0
     """
+    boxes.refuse(params, "params")
     check_lora(lora, params)
     check_scale(lora_scale)
     pairs = {name: [_wide(adapter[leaf]) for leaf in LEAVES] for name, adapter in lora.items()}

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks, tree_checks
+from flax_mha.core import boxes, checks, tree_checks
 from flax_mha.core.typing import Params, Shape
 from flax_mha.norms import Norm
 from flax_mha.positions.bias import PositionBias
@@ -125,13 +125,18 @@ def module_sizes(D: int, M: int | None, C: int | None) -> list[tuple[int]]:
 
 def features_of(params: Any) -> dict[str, int]:
     """The features of a tree; 1 for a kernel that it lacks, which `check_params` then names."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
     firsts = {"query": ("query_latent", "query"), "value": ("latent", "value")}
     firsts["key"] = ("latent", "key")
-    kernels = {name: [f"['{first}']['kernel']" for first in firsts[name]] for name in firsts}
-    there = {name: [shapes[k] for k in kernels[name] if k in shapes] for name in kernels}
-    return {f"{name}_features": (there[name] or [(1,)])[0][0] for name in there}
+    kernels = {name: _kernel(params, firsts[name]) for name in firsts}
+    return {f"{name}_features": getattr(x, "shape", (1,))[0] for name, x in kernels.items()}
+
+
+def _kernel(params: Any, names: tuple[str, ...]) -> Any:
+    """The first kernel of that name; of a quantized one its values."""
+    tree = params if isinstance(params, Mapping) else {}
+    parts = (tree[name] for name in names if isinstance(tree.get(name), Mapping))
+    kernel = boxes.content(next((leaves["kernel"] for leaves in parts if "kernel" in leaves), None))
+    return kernel.get("value") if isinstance(kernel, Mapping) else kernel
 
 
 def places(config: MultiHeadAttentionConfig) -> set[tuple[str, str]]:

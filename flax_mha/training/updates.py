@@ -31,6 +31,9 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
         >>> float(flax_mha.apply_constraints(params, config)["query"]["kernel"].min())
         0.0
     """
+    if any(_names(path)[-2:] == ("kernel", "value") for path, _ in _leaves(params)):
+        rule = "A quantized kernel has no constraint: it is not trained."
+        checks.fail(TypeError, rule, "quantized parameters", "Constrain them, then quantize.")
     return jax.tree_util.tree_map_with_path(
         lambda path, array: _constraint(config, path)(array), params
     )
@@ -81,6 +84,10 @@ def _constraint(config: MultiHeadAttentionConfig, key_path: Any) -> Callable[[Ar
     # A box (`nn.Partitioned`, an `nnx.Param`) adds a name, its content's, behind the array's own.
     found = [constraints[name] for name in _names(key_path)[-2:] if name in constraints]
     return (found and found[-1]) or (lambda array: array)
+
+
+def _leaves(params: Any) -> Any:
+    return jax.tree_util.tree_leaves_with_path(params)
 
 
 def _names(key_path: Any) -> tuple[str, ...]:

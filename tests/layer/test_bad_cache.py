@@ -215,7 +215,7 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="`capacity` must be a positive integer"):
         init_cache(config, B, 0)
     with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype"):
-        init_cache(config, B, 4, "int8")
+        init_cache(config, B, 4, "int16")
     with pytest.raises(ValueError, match="read by rotary embedding,"):
         multi_head_attention(params, X, X, config=config, positions=jnp.zeros((B, T), int))
     encoder = init_cross_cache(params, X, config=config)

@@ -52,14 +52,14 @@ def attend_by(engine: Engine, inputs: Inputs, options: Options) -> Output:
     facts, arrays = split(varying_alike(inputs), options)
     signature = Signature.of(options, facts, arrays)
     context, row_max, row_sum = _softmax(engine, signature, facts, tuple(arrays.values()))
-    dtype = inputs.value_BSKV.dtype
+    dtype = inputs.query_BTNH.dtype
     return Output(context.astype(dtype), None, Residuals(row_max, row_sum))
 
 
 def _nothing(inputs: Inputs) -> Output:
     """No query or no key: nobody attends to anything."""
     B, T, N, _ = inputs.query_BTNH.shape
-    V, dtype = inputs.value_BSKV.shape[-1], inputs.value_BSKV.dtype
+    V, dtype = inputs.value_BSKV.shape[-1], inputs.query_BTNH.dtype
     zeros_BNT = jnp.zeros((B, N, T), wide_dtype(dtype))
     return Output(jnp.zeros((B, T, N, V), dtype), None, Residuals(zeros_BNT - jnp.inf, zeros_BNT))
 
@@ -86,7 +86,7 @@ def split(inputs: Inputs, options: Options) -> tuple[Facts, dict[str, Array]]:
     T, S = inputs.query_BTNH.shape[1], inputs.key_BSKH.shape[1]
     where = with_blocks(where, T, S, options.block_sizes)
     dropout = (inputs.dropout_word_2, inputs.dropout_start_4)
-    facts = Facts(inputs.mask, offset, *dropout, first, where, score)
+    facts = Facts(inputs.mask, offset, *dropout, first, where, score, inputs.scales)
     return facts, {name: x for name, x in arrays.items() if x is not None}
 
 

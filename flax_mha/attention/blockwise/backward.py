@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax_mha.attention.blockwise.call import (
     Blocks,
     Plan,
-    of_keys,
+    key_tile,
     of_queries,
     of_rows,
     product,
@@ -28,6 +28,7 @@ from flax_mha.attention.blockwise.call import (
     tile_dropper,
     tile_logits,
     tile_terms,
+    value_tile,
 )
 from flax_mha.attention.blockwise.forward import Softmax
 from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
@@ -112,7 +113,7 @@ def _saved(blocks: Blocks, softmax: Softmax, d_context: Array, d_row_sum: Array)
     nowhere = row_sum == 0
     row_max, share = jnp.where(nowhere, jnp.inf, row_max), 1 / jnp.where(nowhere, 1, row_sum)
     delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
-    return Saved(row_max, share, delta, d_context.astype(blocks.value_BSKV.dtype))
+    return Saved(row_max, share, delta, d_context.astype(blocks.query_BTNH.dtype))
 
 
 def _key_block(
@@ -125,8 +126,7 @@ def _key_block(
     tiling, (b, k, j) = plan.tiling, at
     s = j * tiling.s
     here = Tile(b, k, 0, s)
-    key_bksh = of_keys(tiling, blocks.key_BSKH, here)
-    value_bksv = of_keys(tiling, blocks.value_BSKV, here)
+    key_bksh, value_bksv = key_tile(plan, blocks, here), value_tile(plan, blocks, here)
 
     def step(masked: bool, i: Array, sums: Sums) -> Sums:
         tile = Tile(b, k, i * tiling.t, s)

@@ -28,7 +28,7 @@ from flax_mha.attention.blockwise.tiles import (
     put_at,
     slice_at,
 )
-from flax_mha.attention.contract import Options
+from flax_mha.attention.contract import Options, Scales
 from flax_mha.attention.distance import DistanceBias, skew
 from flax_mha.attention.logits import scaled_product, scales, soft_capped
 from flax_mha.core.dtypes import wide_dtype
@@ -65,6 +65,7 @@ class Blocks:
     where: tuple[Allowed, ...] = ()
     score: Separated | None = None
     needed_bnQJ: Array | None = None  # the tiles in which functions leave anything
+    scales: Scales | None = None  # of keys and values that are int8
 
 
 def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
@@ -95,6 +96,28 @@ def of_keys(tiling: Tiling, x_BSKF: Array, tile: Tile) -> Array:
     """The tile's keys or values, `[b, k, s, F]`."""
     size = (tiling.b, tiling.s, tiling.k, x_BSKF.shape[3])
     return slice_at(x_BSKF, (tile.b, tile.s, tile.k, 0), size).swapaxes(1, 2)
+
+
+def key_tile(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
+    """The tile's keys, in the queries' dtype, whatever they are stored as."""
+    scale = None if blocks.scales is None else blocks.scales.key_BSK
+    return _as_queries(plan, blocks, blocks.key_BSKH, scale, tile)
+
+
+def value_tile(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
+    """The tile's values likewise."""
+    scale = None if blocks.scales is None else blocks.scales.value_BSK
+    return _as_queries(plan, blocks, blocks.value_BSKV, scale, tile)
+
+
+def _as_queries(
+    plan: Plan, blocks: Blocks, x_BSKF: Array, scale_BSK: Array | None, tile: Tile
+) -> Array:
+    x_bksF = of_keys(plan.tiling, x_BSKF, tile)
+    if scale_BSK is None:
+        return x_bksF
+    scale_bks1 = of_keys(plan.tiling, scale_BSK[..., None], tile)
+    return (x_bksF.astype(scale_bks1.dtype) * scale_bks1).astype(blocks.query_BTNH.dtype)
 
 
 def put_keys(x_BSKF: Array, part_bksF: Array, tile: Tile) -> Array:

@@ -17,7 +17,7 @@ from flax_mha.attention.blockwise.call import (
     Blocks,
     Plan,
     drops,
-    of_keys,
+    key_tile,
     product,
     put_queries,
     put_rows,
@@ -25,6 +25,7 @@ from flax_mha.attention.blockwise.call import (
     tile_dropper,
     tile_logits,
     tile_terms,
+    value_tile,
 )
 from flax_mha.attention.blockwise.loops import every, key_loop, where_needed
 from flax_mha.attention.blockwise.order import order_of
@@ -78,7 +79,7 @@ def forward(plan: Plan, blocks: Blocks) -> Softmax:
 
 def _values(plan: Plan, blocks: Blocks) -> Values:
     value_BSKV, V = blocks.value_BSKV, blocks.value_BSKV.shape[-1]
-    if not plan.tiling.queries_last:
+    if not plan.tiling.queries_last or blocks.scales is not None:
         return Values(value_BSKV, V, False)
     value_BKVS = value_BSKV.transpose(0, 2, 3, 1)
     # What is dropped is not multiplied, and is in the sum; float32 is summed in float32.
@@ -134,10 +135,12 @@ def _divided(plan: Plan, values: Values, rows: Rows) -> tuple[Array, Array]:
     return context_bkvr.swapaxes(2, 3), row_sum_bkr
 
 
-def _of_values(plan: Plan, values: Values, tile: Tile) -> Array:
+def _of_values(plan: Plan, blocks: Blocks, values: Values, tile: Tile) -> Array:
     tiling = plan.tiling
     if not tiling.queries_last:
-        return of_keys(tiling, values.value, tile)
+        return value_tile(plan, blocks, tile)
+    if blocks.scales is not None:
+        return value_tile(plan, blocks, tile).swapaxes(2, 3)
     size = (tiling.b, tiling.k, values.value.shape[2], tiling.s)
     return slice_at(values.value, (tile.b, tile.k, 0, tile.s), size)
 
@@ -152,8 +155,8 @@ def _add_tile(
     rows: Rows,
 ) -> Rows:
     order = order_of(plan.tiling)
-    key_bksh = of_keys(plan.tiling, blocks.key_BSKH, tile)
-    value = _of_values(plan, values, tile)
+    key_bksh = key_tile(plan, blocks, tile)
+    value = _of_values(plan, blocks, values, tile)
     terms = tile_terms(plan, blocks, tile)
     logits_rs = tile_logits(
         plan, blocks, query_bkrh, key_bksh, terms, tile, masked, order

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax_mha.attention.blockwise.call import (
     Blocks,
     Plan,
+    key_tile,
     of_keys,
     of_queries,
     of_rows,
@@ -26,6 +27,7 @@ from flax_mha.attention.blockwise.call import (
     put_queries,
     put_rows,
     stretch,
+    value_tile,
 )
 from flax_mha.attention.blockwise.tiles import (
     Tile,
@@ -118,6 +120,18 @@ class Keys(Part):
 
     def put(self, here: Here, x: Array, part: Array) -> Array:
         return put_keys(x, part, here.tile)
+
+
+class StoredKeys(Keys):
+    """Keys that are int8; of a tile, what they stand for."""
+
+    def take(self, here: Here, x: Array) -> Array:
+        return key_tile(here.plan, here.blocks, here.tile)
+
+
+class StoredValues(Keys):
+    def take(self, here: Here, x: Array) -> Array:
+        return value_tile(here.plan, here.blocks, here.tile)
 
 
 class Rows(Part):

@@ -17,10 +17,12 @@ from flax_mha.attention.blockwise.parts import (
     Queries,
     ScoredQueries,
     Scores,
+    StoredKeys,
+    StoredValues,
     Table,
 )
 from flax_mha.attention.blockwise.tile_sizes import tiling_of
-from flax_mha.attention.contract import Options
+from flax_mha.attention.contract import Options, Scales
 from flax_mha.attention.distance import DistanceBias
 from flax_mha.core.pairs.blocks import Grid
 from flax_mha.core.pairs.separated import Separated
@@ -38,6 +40,7 @@ KINDS: dict[str, Any] = {
     "table": Table,
 }
 SCORED = {"query": ScoredQueries}  # of a call with a score function
+STORED = {"key": StoredKeys, "value": StoredValues}  # of a call with scales
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +55,7 @@ class Facts:
     first_distance: int = dataclasses.field(metadata={"static": True})
     where: tuple[Allowed, ...] = ()
     score: Separated | None = None  # without its floats, which have a derivative
+    scales: Scales | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Signature:
     @classmethod
     def of(cls, options: Options, facts: Facts, arrays: dict[str, Array]) -> Any:
         kinds = KINDS if facts.score is None else KINDS | SCORED
+        kinds = kinds if facts.scales is None else kinds | STORED
         parts = tuple(kinds[name.rstrip(digits)].of(x) for name, x in arrays.items())
         return cls(options, jax.tree.structure(facts), tuple(arrays), parts)
 
@@ -110,6 +115,7 @@ def _blocks(facts: Facts, named: dict[str, Array], needed: Array | None = None) 
         facts.where,
         None if facts.score is None else facts.score.with_moving(named),
         needed,
+        facts.scales,
     )
 
 
@@ -119,6 +125,9 @@ def _filled(facts: Facts, plan: Plan) -> Facts:
     def fill(x: Any) -> Any:
         return None if x is None else Operands.of(x).fill(plan.tiling, x)
 
+    def keys(x_BSK: Array) -> Array:
+        return Keys.of(x_BSK[..., None]).fill(plan.tiling, x_BSK[..., None])[..., 0]
+
     def operands(pairs: Separated) -> Separated:
         return dataclasses.replace(pairs, operands=tuple(map(fill, pairs.operands)))
 
@@ -127,6 +136,7 @@ def _filled(facts: Facts, plan: Plan) -> Facts:
         mask=_filled_mask(facts.mask, plan),
         where=tuple(dataclasses.replace(one, pairs=operands(one.pairs)) for one in facts.where),
         score=None if facts.score is None else operands(facts.score),
+        scales=jax.tree.map(keys, facts.scales),
     )
 
 

@@ -59,6 +59,8 @@ def tile_sizes(inputs: Any, block_sizes: tuple[int, int] | None) -> tuple[int, i
 
 def refusal(inputs: Any, options: Any) -> str | None:
     """Why the kernels cannot serve a call, on any platform."""
+    if inputs.scales is not None:
+        return "it reads keys and values as they are, and those of this cache are int8"
     dtypes = {str(x.dtype) for x in (inputs.query_BTNH, inputs.key_BSKH, inputs.value_BSKV)}
     if options.return_weights:
         return "it never holds the weights [T, S] that return_weights asks for"
