@@ -123,8 +123,9 @@ def _ends(path: str) -> list[str]:
 
 
 def _step(module: str, spelled: str) -> tuple[str, str]:
-    """What each path has before the other."""
-    return module.removesuffix(spelled), spelled.removesuffix(module)
+    """What each path has before the other, of which one is an end of the other."""
+    more, fewer = (len(x) - len(y) for x, y in ((module, spelled), (spelled, module)))
+    return module[: max(more, 0)], spelled[: max(fewer, 0)]
 
 
 def _one_step(steps: Mapping[tuple[str, str], str]) -> None:
