@@ -171,3 +171,114 @@ def keys_are_values(layer):
     """Gemma 4 has layers whose one Linear makes both."""
     key, value = (layer.params[x]["kernel"] for x in ("key", "value"))
     return key.shape == value.shape and bool((key == value).all())
+
+
+# --- ranks and scales that differ, other bases, other modules -----------------------------------
+
+PATTERNS = {
+    "rank_pattern": {r"layers\.0\.self_attn\.[qk]_proj": 2, "o_proj": 4},
+    "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 7, "v_proj": 2.5},
+}
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+def test_patterns_are_read_as_peft_reads_them(recorded, tmp_path, by_root):
+    folder, _ = recorded("llama")
+    model = tuned("llama", folder, **PATTERNS, use_rslora=by_root)
+    model.save_pretrained(tmp_path / "tuned")
+    adapters, layers = load_adapter(tmp_path / "tuned", like=folder), load_attention(folder)
+    calls = calls_of("llama", model, recorded)
+    assert compared("llama", layers, adapters, calls) <= TOLERANCE
+    # and written as it reads them: scales are a layer's own here
+    save_adapter(tmp_path / "again", adapters, like=folder)
+    again = peft.PeftModel.from_pretrained(base_model("llama", folder), tmp_path / "again").eval()
+    assert compared("llama", layers, adapters, calls_of("llama", again, recorded)) <= TOLERANCE
+
+
+def test_a_base_that_was_saved_without_its_head(recorded, tmp_path):
+    folder, names = recorded("llama")
+    model = tuned("llama", folder)
+    model.save_pretrained(tmp_path / "tuned")
+    base_model("llama", folder).model.save_pretrained(tmp_path / "bare")
+    adapters = load_adapter(tmp_path / "tuned", like=tmp_path / "bare")
+    calls = calls_of("llama", model, recorded)
+    layers = load_attention(tmp_path / "bare")
+    assert [f"model.{name}" for name in adapters] == list(names)
+    calls = {name.removeprefix("model."): call for name, call in calls.items()}
+    assert compared("llama", layers, adapters, calls) <= TOLERANCE
+    save_adapter(tmp_path / "again", adapters, like=tmp_path / "bare", prefix="model.")
+    same_arrays(tmp_path / "tuned", tmp_path / "again")
+
+
+def test_adapters_of_all_linears(recorded, tmp_path):
+    """PEFT's "all-linear" adapts the blocks' MLPs too, which are the caller's."""
+    folder, _ = recorded("llama")
+    rules = peft.LoraConfig(target_modules="all-linear", r=RANK, task_type="CAUSAL_LM")
+    peft.get_peft_model(base_model("llama", folder), rules).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=r"mlp.*ignore_modules=\['mlp'\]"):
+        load_adapter(tmp_path / "tuned", like=folder)
+    assert len(load_adapter(tmp_path / "tuned", like=folder, ignore_modules=["mlp"])) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights:UserWarning")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_that_training_changed(recorded, tmp_path, start):
+    """Refused as it is; as an adapter of the base itself it is one of twice the rank."""
+    folder, _ = recorded("llama")
+    rules = peft.LoraConfig(target_modules=["q_proj"], r=RANK, init_lora_weights=start)
+    model = peft.get_peft_model(base_model("llama", folder), rules).eval()
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's documents say
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for array, parameter in model.named_parameters():
+            if "lora_B" in array:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match=r"`init_lora_weights`.*path_initial_model_for_weight"):
+        load_adapter(tmp_path / "changed", like=folder)
+    calls = calls_of("llama", model, recorded)
+    initial = str(tmp_path / "start")
+    model.save_pretrained(tmp_path / "whole", path_initial_model_for_weight_conversion=initial)
+    adapters = load_adapter(tmp_path / "whole", like=folder)
+    assert {x.lora["query"]["a"].shape[-1] for x in adapters.values()} == {2 * RANK}
+    assert compared("llama", load_attention(folder), adapters, calls) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # a bias has one axis
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}]
+)
+def test_what_is_more_than_lora(recorded, tmp_path, options):
+    folder, _ = recorded("opt")
+    tuned("opt", folder, **options).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=r"(use_dora|lora_bias|an attention layer.*bias)"):
+        load_adapter(tmp_path / "tuned", like=folder)
+
+
+def test_other_methods(recorded, tmp_path):
+    folder, _ = recorded("llama")
+    methods = [peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])]
+    methods += [peft.LoHaConfig(target_modules=["q_proj"])]
+    for number, rules in enumerate(methods):
+        model = peft.get_peft_model(base_model("llama", folder), rules)
+        model.save_pretrained(tmp_path / str(number))
+        with pytest.raises(ValueError, match="`peft_type` is not supported"):
+            load_adapter(tmp_path / str(number), like=folder)
+
+
+def test_a_key_that_is_the_value_too(tmp_path):
+    """Gemma 4's full layers may have one Linear for both."""
+    family = FAMILIES["gemma4"]
+    family = family._replace(config={**family.config, "attention_k_eq_v": True})
+    recording = model_recordings.build(family, tmp_path / "base")
+    recorded = lambda name: (tmp_path / "base", recording)
+    model = tuned("gemma4", tmp_path / "base")
+    model.save_pretrained(tmp_path / "tuned")
+    adapters = load_adapter(tmp_path / "tuned", like=tmp_path / "base")
+    layers = load_attention(tmp_path / "base")
+    assert any(map(keys_are_values, layers.values()))
+    calls = calls_of("gemma4", model, recorded)
+    assert compared("gemma4", layers, adapters, calls) <= TOLERANCE
+    save_adapter(tmp_path / "again", adapters, like=tmp_path / "base")
+    same_arrays(tmp_path / "tuned", tmp_path / "again")
