@@ -5,8 +5,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from flax_mha.core import checks
 from flax_mha.interop.huggingface.family import fields_set
@@ -40,7 +40,11 @@ _REFUSED = {
 }
 # Those that leave the base's kernels as they are; True is PEFT's own.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-_FEW = 1000  # patterns; more are no adapter's
+_MOST, _FEW = 10_000, 100  # patterns, and those that repeat something
+
+
+T = TypeVar("T")
+Patterns: TypeAlias = list[tuple[re.Pattern[str], T]]
 
 
 class AdapterFields(Fields):
@@ -66,15 +70,15 @@ class Ranks(NamedTuple):
 
     rank: int
     alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: Patterns[int]
+    alphas: Patterns[float]
     by_root: bool
     targets: list[str] | None
 
     def of(self, module: str) -> tuple[int, float]:
         """(rank, scale) of a module, by its path in the model that PEFT wraps."""
-        rank = self.ranks.get(_pattern_of(self.ranks, module), self.rank)
-        alpha = self.alphas.get(_pattern_of(self.alphas, module), self.alpha)
+        rank = _of_first(self.ranks, module, self.rank)
+        alpha = _of_first(self.alphas, module, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
@@ -173,32 +177,33 @@ def _check_parameters(fields: AdapterFields, ignore_modules: Sequence[str]) -> N
         checks.fail(ValueError, rule, _shown(left), remedy)
 
 
-def _patterns(fields: AdapterFields, name: str, read: Any) -> dict[str, Any]:
-    """Values by patterns of paths; each pattern is looked at before it is run."""
-    inner = fields.inner(name)
-    if len(inner.values) > _FEW:
-        fields.fail(name, f"at most {_FEW} patterns", list(inner.values)[:3])
-    for pattern in inner.values:
-        _check_pattern(fields, name, pattern)
-    values = AdapterFields(inner.values)
-    return {pattern: read(values, pattern) for pattern in inner.values}
+def _patterns(
+    fields: AdapterFields, name: str, read: Callable[[AdapterFields, str], T]
+) -> Patterns[T]:
+    """Values by patterns of paths: of a whole path, or of its end behind a dot."""
+    values = AdapterFields(fields.inner(name).values)
+    patterns = [*values.values]
+    repeating = [pattern for pattern in patterns if re.search(r"[*+{]", pattern)]
+    if len(patterns) > _MOST or len(repeating) > _FEW:
+        kind = f"at most {_MOST} patterns, {_FEW} of them with repeats"
+        fields.fail(name, kind, patterns[:3])
+    return [(_compiled(fields, name, pattern), read(values, pattern)) for pattern in patterns]
 
 
-def _check_pattern(fields: AdapterFields, name: str, pattern: str) -> None:
-    """A pattern of a stranger's file must not run for hours."""
+def _compiled(fields: AdapterFields, name: str, pattern: str) -> re.Pattern[str]:
+    """A pattern of a stranger's file must not run for hours: no repeat of a repeat, two at most."""
     repeats = re.findall(r"(?<!\\)[*+{]", pattern)
-    if len(pattern) > 500 or len(repeats) > 2 or re.search(r"[)\]}*+][*+{]|\\\d", pattern):
+    if len(pattern) > 500 or len(repeats) > 2 or re.search(r"[)}*+][*+{]|\\\d", pattern):
         fields.fail(name, "patterns that repeat at most two characters", pattern)
     try:
         re.compile(pattern)
+        return re.compile(rf"(?:.*\.)?(?:{pattern})$")
     except re.error as error:
         fields.fail(name, f"regular expressions ({error})", pattern)
 
 
-def _pattern_of(patterns: Iterable[str], module: str) -> str:
-    """The first that fits the whole path, or its end behind a dot."""
-    fits = (x for x in patterns if re.match(rf"(?:.*\.)?(?:{x})$", module))
-    return next(fits, module)
+def _of_first(patterns: Patterns[T], module: str, default: T) -> T:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def _shown(value: Any) -> str:

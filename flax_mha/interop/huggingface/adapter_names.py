@@ -9,6 +9,7 @@ from flax_mha.core import checks
 from flax_mha.interop.huggingface.adapter_fields import is_among
 
 PREFIX = "base_model.model."
+_LONGEST = 300  # characters: patterns are run on them
 _HEADS = tuple((rf"\.attention\.{name}$", f".{name[0]}_proj") for name in ("query", "key", "value"))
 _OUTPUT = (r"\.output\.dense$", ".o_proj")
 _TOWERS = (
@@ -57,6 +58,9 @@ def parse(names: Iterable[str]) -> Names:
     """The arrays by modules; a pair is whole."""
     found = Names({}, {})
     for name in names:
+        if len(name) > _LONGEST:
+            rule = f"The names of arrays must have at most {_LONGEST} characters."
+            checks.fail(ValueError, rule, f"{name[:80]!r}..., {len(name)} characters")
         if not name.startswith(PREFIX):
             rule = f"The arrays of an adapter must be named {PREFIX}MODULE.lora_A.weight and so on."
             checks.fail(ValueError, rule, repr(name[:200]), "Was it saved by `save_pretrained`?")

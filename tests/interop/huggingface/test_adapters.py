@@ -234,7 +234,7 @@ def test_ranks_and_alphas_by_patterns(base, tmp_path):
     """The first that fits; r is the arrays', the scale by module."""
     arrays = pairs(["q_proj"], PATHS[:1]) | pairs(["q_proj"], PATHS[1:], rank=6)
     arrays |= pairs(["o_proj"], PATHS[1:], rank=6)
-    ranks = {"layers.1.self_attn.[qo]_proj": 6}
+    ranks = {r"layers\.[1-9]+\.self_attn\.[qo]_proj": 6}
     alphas = {r"layers\.1\.self_attn\.q_proj": 12, "q_proj": 9, "layers.1.*": 24}
     tuned = write(tmp_path / "tuned", arrays, rank_pattern=ranks, alpha_pattern=alphas)
     adapters = load_adapter(tuned, like=base)
@@ -365,6 +365,7 @@ BAD_FIELDS = [
     ({"alpha_pattern": {"(a+)+b": 5}}, r"`alpha_pattern` must be patterns that repeat at most"),
     ({"alpha_pattern": {"(a|a)*b": 5}}, r"`alpha_pattern` must be patterns that repeat at most"),
     ({"alpha_pattern": {"a*a*a*b": 5}}, r"`alpha_pattern` must be patterns that repeat at most"),
+    ({"alpha_pattern": {f"{x}+": 5 for x in range(101)}}, r"must be at most 10000 patterns, 100"),
     ({"alpha_pattern": {"(q_proj": 5}}, r"`alpha_pattern` must be regular expressions"),
     ({"alpha_pattern": {"q_proj": None}}, r"`q_proj` must be a number.*None"),
     ({"target_modules": ["v_proj"]}, r"`target_modules` must name every module.*self_attn.[qko]_"),
@@ -388,6 +389,7 @@ BAD_ARRAYS = [
     (pair(f"{PATHS[0]}.q_proj", (24, D + 1)), r"\[r, in\] = \(3, 20\).*\(3, 21\).*of this base"),
     (pair(f"{PATHS[0]}.q_proj", (24, D), dtype="float64"), r"is float64, which needs JAX's"),
     ({}, r"must hold arrays of attention layers"),
+    (pairs(before="x" * 300), r"names of arrays must have at most 300 characters"),
 ]
 
 
