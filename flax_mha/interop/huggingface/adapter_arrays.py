@@ -54,10 +54,12 @@ def linears_of(layer: Found, headers: Mapping[str, Header]) -> list[Linear]:
     for entry in layer.layout.table:
         if entry.place[1] == "kernel" and entry.place in there and entry.name is not None:
             found.setdefault(entry.name.partition("[")[0], []).append(entry)
+    if not all(array.endswith(".weight") for array in found):
+        return []  # torch.nn.MultiheadAttention, which reads its arrays and calls no module
     return [
         _linear(layer, array, entries, headers)
         for array, entries in found.items()
-        if array.endswith(".weight") and array in layer.sources
+        if array in layer.sources
     ]
 
 

@@ -23,6 +23,7 @@ from flax_mha.interop.huggingface import (
     load_attention,
     save_adapter,
 )
+from flax_mha.interop.huggingface.adapter_names import renamed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEARS = {"q_proj": (N * H, D), "k_proj": (K * H, D), "v_proj": (K * H, D), "o_proj": (D, N * H)}
@@ -282,6 +283,27 @@ def test_modules_by_their_old_and_new_names(tmp_path, is_new):
     )
 
 
+# As transformers 5.24 saves them, and names its modules.
+RENAMED = [
+    ("llava", "language_model.model.layers.0.self_attn.q_proj"),
+    ("gemma3", "language_model.model.layers.0.self_attn.q_proj"),
+    ("qwen2_vl", "model.layers.0.self_attn.q_proj"),
+    ("qwen2_vl", "model.language_model.layers.0.self_attn.q_proj"),
+    ("llama4", "model.language_model.layers.0.self_attn.q_proj"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "saved"), RENAMED)
+def test_towers_by_the_names_of_modules(model_type, saved):
+    expected = "model.language_model.layers.0.self_attn.q_proj"
+    assert renamed(saved, model_type) == expected
+    assert renamed(expected, model_type) == expected
+    if model_type in ("llava", "gemma3"):
+        live = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+        for before in ("vision_tower.", "vision_tower.vision_model."):
+            assert renamed(f"{before}encoder.layers.0.self_attn.q_proj", model_type) == live
+
+
 def test_some_of_a_fused_module(tmp_path):
     """Of query and value, each with an a of its own, in one module that holds the key too."""
     base = checkpoints.write(tmp_path / "base", FALCON, arrays_of("falcon"))
@@ -303,14 +325,15 @@ def test_some_of_a_fused_module(tmp_path):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected)
 
 
-def test_a_rank_above_that_of_a_part(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_above_that_of_a_part(tmp_path, dtype):
     """What nothing reads is left out: a key of 6 features, an adapter of rank 8 for all three."""
     fields = {**FALCON, "new_decoder_architecture": False, "multi_query": True}
     shapes = {"query_key_value.weight": (36, 24), "dense.weight": (24, 24)}
     paths = ["h.0.self_attention", "h.1.self_attention"]
     weights = checkpoints.arrays(shapes=shapes, paths=paths)
     base = checkpoints.write(tmp_path / "base", fields, weights)
-    made = pair(f"{paths[0]}.query_key_value", (36, 24), rank=8)
+    made = pair(f"{paths[0]}.query_key_value", (36, 24), rank=8, dtype=dtype)
     B = made[f"base_model.model.{paths[0]}.query_key_value.lora_B.weight"]
     B[24:30, 3:] = 0  # the key reads three of eight
     with pytest.raises(ValueError, match=r"rank of an adapter of 'value' must be in \[1, 6\].*8"):

@@ -282,3 +282,20 @@ def test_a_key_that_is_the_value_too(tmp_path):
     assert compared("gemma4", layers, adapters, calls) <= TOLERANCE
     save_adapter(tmp_path / "again", adapters, like=tmp_path / "base")
     same_arrays(tmp_path / "tuned", tmp_path / "again")
+
+
+def test_a_module_that_calls_no_linear(recorded, tmp_path):
+    """torch's own MultiheadAttention reads its output's kernel: an adapter there would be idle."""
+    folder, _ = recorded("siglip")
+    name = "vision_model.head.attention"
+    config = load_attention(folder)[name].config
+    lora = flax_mha.lora_params(
+        jax.random.key(0), config, (1, 48), rank=2, which=["attention_output"]
+    )
+    with pytest.raises(ValueError, match=r"must have Linears of its own"):
+        save_adapter(tmp_path / "out", {name: AttentionAdapter(lora, 1.0)}, like=folder)
+    rules = peft.LoraConfig(target_modules=[name])
+    model = peft.get_peft_model(base_model("siglip", folder), rules)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=r"arrays of an attention layer must be.*head.attention"):
+        load_adapter(tmp_path / "tuned", like=folder)
