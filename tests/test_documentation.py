@@ -45,6 +45,8 @@ MORE = {
     "positions.YarnScaling": ("Reference",),
     "interop.jax_nn.dot_product_attention": ("equation", "Memory", "Differs from"),
     "interop.flax.attention_fn": ("equation", "Memory", "Differs from"),
+    "interop.huggingface.load_adapter": ("Memory",),
+    "interop.huggingface.save_adapter": ("Memory",),
     "interop.torch.load_safetensors": ("Memory",),
     "interop.torch.mask_from_torch": ("equation", "Differs from"),
     "interop.torch.mask_to_torch": ("equation",),

@@ -28,7 +28,8 @@ PUBLIC = {
         attention_fn from_flax_params from_linen_module from_nnx_module to_flax_params to_nnx_state
     """,
     "flax_mha.interop.huggingface": """
-        AttentionLayer AttentionList AttentionRecord list_attention load_attention save_attention
+        AttentionAdapter AttentionLayer AttentionList AttentionRecord list_attention load_adapter
+        load_attention save_adapter save_attention
     """,
     "flax_mha.interop.jax_nn": "dot_product_attention",
     "flax_mha.interop.keras": """

@@ -66,7 +66,7 @@ def _expect_config(path: pathlib.Path) -> None:
     rule = f"The folder {path.name!r} must hold a config.json."
     names = sorted(entry.name for entry in path.iterdir())
     if "adapter_config.json" in names:
-        remedy = "It holds an adapter alone: merge it into its model first, and save that."
+        remedy = "It holds an adapter alone: `load_adapter(folder, like=)` reads it."
     elif any(name.endswith(".gguf") for name in names):
         remedy = "A .gguf file holds quantised weights: take the original checkpoint."
     else:
@@ -139,7 +139,7 @@ def _files(path: pathlib.Path) -> Mapping[pathlib.Path, list[str] | None]:
     if any(name.startswith(_PICKLES) for name in names):
         remedy = f"A .bin file is a pickle: to load it is to run the code in it. {_CONVERT}"
     elif any(name.startswith("adapter_model") for name in names):
-        remedy = "It holds an adapter alone: merge it into its model first, and save that."
+        remedy = "It holds an adapter alone: `load_adapter(folder, like=)` reads it."
     elif any(name.endswith(".gguf") for name in names):
         remedy = "A .gguf file holds quantised weights: take the original checkpoint."
     else:
