@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.core import boxes, checks
+from flax_mha.core.interception import refuse_interception
 from flax_mha.core.quantization import DTYPES, largest, quantized, small_dtype
 from flax_mha.core.typing import Array, DType, Params, ParamsLike, Shape
 from flax_mha.params.tree import INPUT_RANK, LETTERS
@@ -141,8 +142,10 @@ class QuantizedKernel:
 def read_kernels(params: ParamsLike) -> ParamsLike:
     """The parameters with a `QuantizedKernel` for each that is one; all else must be floats.
 
-    `{"value", "scale"}` are ours, and so are qwix's `QArray`s of one scale an output channel.
+    `{"value", "scale"}` are ours; qwix's `QArray`s of one scale an output channel are taken, its
+    interception is refused, which would pass over the layer.
     """
+    refuse_interception()
     if not isinstance(params, Mapping):
         return params  # whose shapes are checked, and named, elsewhere
     found = {name: leaves["kernel"] for name, leaves in params.items() if is_quantized(leaves)}

@@ -129,7 +129,7 @@ def test_weights_of_other_kinds(folder, name, pattern):
 
 def test_an_adapter_without_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "adapter alone: merge it")
+    refused(tmp_path, r"adapter alone: `load_adapter\(folder, like=\)` reads it")
 
 
 # --- config.json ---------------------------------------------------------------------------------
