@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +15,7 @@ from flax_mha.interop.huggingface.adapter_names import PREFIX, renamed
 from flax_mha.interop.huggingface.adapters import WEIGHTS, AttentionAdapter
 from flax_mha.interop.huggingface.find import Found, find
 from flax_mha.interop.huggingface.folder import Folder, open_folder
+from flax_mha.interop.huggingface.new_folder import expect_free, new_folder
 from flax_mha.params.lora import check_lora, check_scale
 
 
@@ -86,7 +85,7 @@ def save_adapter(
         (4.0, True)
     """
     target, folder = pathlib.Path(directory), open_folder(like)
-    _expect_free(target)
+    expect_free(target)
     there = {layer.name: layer for layer in find(folder, max_length, ignore).layers}
     checks.known_names(f"A layer of {folder.path.name!r}", adapters, there)
     made = _collected(folder, [there[name] for name in adapters], adapters)
@@ -102,12 +101,6 @@ def save_adapter(
         for (module, side), array in made.arrays.items()
     }
     _write(target, fields, whole)
-
-
-def _expect_free(target: pathlib.Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        rule = "`directory` must not exist, or be an empty folder."
-        checks.fail(ValueError, rule, f"{str(target)!r}, which holds something")
 
 
 def _collected(
@@ -158,16 +151,8 @@ def _disagree(linear: Linear) -> NoReturn:
 
 
 def _write(target: pathlib.Path, fields: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Beside the target first: a crash half way leaves no folder that looks whole."""
     from safetensors.numpy import save_file
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as made:
         (made / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         save_file(arrays, made / WEIGHTS, metadata={"format": "pt"})
-        if target.exists():
-            target.rmdir()
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

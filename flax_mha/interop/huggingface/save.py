@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.interop.huggingface.find import Found, find
 from flax_mha.interop.huggingface.folder import Folder, expect_inside, open_folder
+from flax_mha.interop.huggingface.new_folder import expect_free, new_folder
 from flax_mha.interop.layout import without_score
 from flax_mha.interop.loaded import AttentionLayer
 from flax_mha.interop.torch.layouts import to_layout
@@ -85,29 +85,20 @@ def save_attention(
         ['config.json', 'model.safetensors']
     """
     target, folder = pathlib.Path(directory), open_folder(like)
-    _expect_free(target, folder.path)
+    _expect_other(target, folder.path)
+    expect_free(target)
     there = {layer.name: layer for layer in find(folder, max_length, ignore).layers}
     checks.known_names(f"A layer of {folder.path.name!r}", layers, there)
     for name, layer in layers.items():
         _expect_same_config(name, layer.config, there[name].config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as made:
         _write(made, folder, there, layers)
-        if target.exists():
-            target.rmdir()
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
-def _expect_free(target: pathlib.Path, like: pathlib.Path) -> None:
+def _expect_other(target: pathlib.Path, like: pathlib.Path) -> None:
     if target.resolve() == like.resolve():
         rule = "`directory` must be another folder than `like`, whose bytes are copied."
         checks.fail(ValueError, rule, f"{str(target)!r} for both")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        rule = "`directory` must not exist, or be an empty folder."
-        checks.fail(ValueError, rule, f"{str(target)!r}, which holds something")
 
 
 def _expect_same_config(
