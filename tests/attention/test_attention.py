@@ -332,7 +332,7 @@ def test_explain_sees_the_values_of_a_mask():
 def test_explain_takes_the_arguments_of_the_function():
     takes = inspect.signature(dot_product_attention).parameters
     own = inspect.signature(canonical).parameters
-    assert {*takes, "axis"} == {*own, "implementation", "context_axis"}
+    assert {*takes, "axis", "scales"} == {*own, "implementation", "context_axis"}
     assert all(own[name].default is inspect.Parameter.empty for name in own)  # they stand once
     with pytest.raises(TypeError, match="casual"):
         explain(*[normal(0, B, T, N, H)] * 3, casual=True)
