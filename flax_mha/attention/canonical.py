@@ -49,7 +49,7 @@ def canonical(
     return_weights: bool,
     return_residuals: bool,
     axis: ContextAxis | None,
-    scales: Scales | None = None,
+    scales: Scales | None,
 ) -> tuple[Inputs, Options]:
     """Checks every argument and folds the batch axes: arrays of rank 4, mask and bias included.
 

@@ -162,7 +162,7 @@ def attention_cut(
         (2, 5, 3, 8)
     """
     data, static, implementation, axis = bound(query, key, value, call)
-    return _attend({**data, "scales": scales}, static, How(implementation, cut, axis))
+    return _attend(data, static, How(implementation, cut, axis), scales)
 
 
 class How(NamedTuple):
@@ -180,9 +180,9 @@ class How(NamedTuple):
         return self.axis if is_shard(self.axis) else None
 
 
-def _attend(data: Any, static: Any, how: How) -> Any:
+def _attend(data: Any, static: Any, how: How, scales: Scales | None = None) -> Any:
     axis = how.along
-    inputs, options = canonical(**data, **static, axis=how.axis)
+    inputs, options = canonical(**data, **static, axis=how.axis, scales=scales)
     if axis is None:
         one = functools.partial(run, chosen(how.implementation, inputs, options))
     else:

@@ -67,7 +67,7 @@ def explain(
 
     def trace(data: Any) -> None:
         how = how_cut(data["query"], data["key"], data["value"], None, axis)
-        inputs, options = canonical(**data, **static, axis=how.axis)
+        inputs, options = canonical(**data, **static, axis=how.axis, scales=None)
         if how.along is None:
             told.update(_implementations(inputs, options, where))
         else:
