@@ -204,9 +204,9 @@ def test_files_of_other_frameworks_take_no_int8(tmp_path):
     config, params = from_keras_layer(layer)
     path = saved(model, tmp_path / "model.weights.h5")
     floats = init_params(jax.random.key(0), config, (B, T, D))
-    with pytest.raises(ValueError, match="must keep its arrays: .*int8"):
+    with pytest.raises(ValueError, match=r"must keep its arrays: .*int8"):
         save_keras_weights(path, {"layers/multi_head_attention": (config, floats)}, like=path)
-    with pytest.raises(TypeError, match="dequantize_params"):
+    with pytest.raises(TypeError, match=r"dequantize_params"):
         save_keras_weights(path, {"layers/multi_head_attention": (config, params)}, like=path)
 
 
@@ -257,7 +257,7 @@ def test_other_quantizations_are_refused_by_name(mode, message, tmp_path):
         path = saved(model, tmp_path / name)
         assert [layer.path for layer in list_keras_layers(path)] == [LAYER]
         with pytest.raises(
-            ValueError, match="must be a kernel and maybe a bias.*vars/.*block_size"
+            ValueError, match=r"must be a kernel and maybe a bias.*vars/.*block_size"
         ):
             load_keras_file(path)
 
@@ -270,7 +270,7 @@ def test_a_mode_that_nobody_knows():
 
     layer._tracker.unlock()
     object.__setattr__(layer, "_query_dense", Later())
-    with pytest.raises(ValueError, match="a mode that is known: int8, int4.*'int2'"):
+    with pytest.raises(ValueError, match=r"a mode that is known: int8, int4.*'int2'"):
         from_keras_layer(layer)
 
 
