@@ -33,7 +33,7 @@ PUBLIC = {
     """,
     "flax_mha.interop.jax_nn": "dot_product_attention",
     "flax_mha.interop.keras": """
-        AttentionAdapter KerasLayer from_keras_adapters from_keras_layer from_keras_weights
+        KerasLayer from_keras_adapters from_keras_layer from_keras_weights
         list_keras_layers load_attention load_keras_file
         read_keras_arrays save_keras_weights to_keras_weights
     """,

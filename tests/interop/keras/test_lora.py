@@ -160,9 +160,7 @@ def test_adapters_beside_int8():
 
 def test_a_rank_that_a_kernel_has_not_is_merged_or_refused():
     layer, wanted = adapted("plain", rank=9)  # of two heads, 18 of 16 features
-    with pytest.raises(
-        ValueError, match=r"of 'query' must be at most 8.*rank 9.*adapters='merged'"
-    ):
+    with pytest.raises(ValueError, match=r"'query' must be at most 8.*rank 9.*adapters='merged'"):
         from_keras_adapters(layer)
     config, params = from_keras_layer(layer, adapters="merged")
     np.testing.assert_allclose(ours(config, params), wanted, atol=1e-5 * abs(wanted).max())
