@@ -193,7 +193,7 @@ def test_keras_s_int8_differs_by_its_rounding_of_inputs_alone():
     np.testing.assert_allclose(emulated(params, INPUTS), wanted, atol=1e-5)
     np.testing.assert_allclose(ours(config, params), emulated(params, INPUTS, False), atol=1e-5)
     apart = abs(ours(config, params) - wanted).max() / abs(wanted).max()
-    assert 1e-3 < apart < 0.02  # measured 0.007: what the guide says
+    assert 1e-3 < apart < 0.02  # measured 0.010: what the guide says
 
 
 # --- beside -------------------------------------------------------------------------------------
