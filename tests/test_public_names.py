@@ -33,8 +33,8 @@ PUBLIC = {
     """,
     "flax_mha.interop.jax_nn": "dot_product_attention",
     "flax_mha.interop.keras": """
-        KerasLayer from_keras_layer from_keras_weights list_keras_layers
-        load_attention load_keras_file
+        KerasLayer from_keras_adapters from_keras_layer from_keras_weights
+        list_keras_layers load_attention load_keras_file
         read_keras_arrays save_keras_weights to_keras_weights
     """,
     "flax_mha.interop.torch": """

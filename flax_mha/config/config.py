@@ -240,7 +240,8 @@ class MultiHeadAttentionConfig:
             ValueError: a field that this package does not have; otherwise as the constructor.
         """
         fields = {name: value for name, value in config.items() if name not in _KERAS_ONLY}
-        return cls.from_dict({**fields, **policy_dtypes(fields.pop("dtype", None))})
+        dtypes = policy_dtypes(fields.pop("dtype", None))
+        return cls.from_dict({**fields, **dtypes})
 
 
 def field_names() -> tuple[str, ...]:

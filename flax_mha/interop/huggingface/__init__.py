@@ -9,8 +9,8 @@
 Guides: `python -m flax_mha guide your_model`, and `lora` of adapters.
 """
 
+from flax_mha.interop.adapters import AttentionAdapter as AttentionAdapter
 from flax_mha.interop.huggingface.adapter_save import save_adapter as save_adapter
-from flax_mha.interop.huggingface.adapters import AttentionAdapter as AttentionAdapter
 from flax_mha.interop.huggingface.adapters import load_adapter as load_adapter
 from flax_mha.interop.huggingface.listing import AttentionList as AttentionList
 from flax_mha.interop.huggingface.listing import AttentionRecord as AttentionRecord

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core import checks
-from flax_mha.core.typing import Array, Shape
+from flax_mha.core.typing import Shape
 from flax_mha.interop.huggingface.find import Found
 from flax_mha.interop.layout import Entry, groups_of
 from flax_mha.interop.torch.packing import packed, rolled, unpacked
@@ -228,34 +228,3 @@ def _expect_one_dtype(linear: Linear, own: Mapping[str, Any]) -> None:
         if len(dtypes := {str(x[leaf].dtype) for x in own.values()}) > 1:
             rule = f"The {leaf} of what stands in {linear.module!r} must have one dtype."
             checks.fail(TypeError, rule, f"{sorted(dtypes)} of {list(own)}")
-
-
-# --- one scale a layer --------------------------------------------------------------------------
-
-
-def with_one_scale(
-    layer: str, lora: dict[str, Pair], scales: Mapping[str, float]
-) -> tuple[dict[str, Pair], float]:
-    """The adapters of a layer whose modules differ in scale: what is left is in b."""
-    largest = max(scales.values(), key=abs)
-    if len(set(scales.values())) == 1:
-        return lora, largest
-    ratios = {name: scale / largest for name, scale in scales.items()}
-    return {name: {**x, "b": _times(layer, x["b"], ratios[name])} for name, x in lora.items()}, (
-        largest
-    )
-
-
-def _times(layer: str, b: Array, ratio: float) -> Array:
-    """Exact by powers of two; else float32 loses a last bit, and 16 bits would lose far more."""
-    if ratio in (0.0, 1.0):
-        return b * ratio
-    product = (b * jnp.asarray(ratio, b.dtype)).astype(b.dtype)
-    is_power = abs(math.frexp(ratio)[0]) == 0.5
-    is_exact = is_power and bool((product / jnp.asarray(ratio, b.dtype) == b).all())
-    if b.dtype.itemsize < 4 and not is_exact:
-        rule = f"The modules of {layer!r} must have one alpha / rank, or ones by powers of two: "
-        rule += "else 16 bits lose digits."
-        remedy = "Write the adapter in float32."
-        checks.fail(ValueError, rule, f"a ratio of {ratio:g} in {b.dtype}", remedy)
-    return product

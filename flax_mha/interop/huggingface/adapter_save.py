@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from flax_mha.core import checks
+from flax_mha.interop.adapters import AttentionAdapter
 from flax_mha.interop.huggingface.adapter_arrays import Linear, from_pairs, kernels_of, linears_of
 from flax_mha.interop.huggingface.adapter_fields import CONFIG, written
 from flax_mha.interop.huggingface.adapter_names import PREFIX, renamed
-from flax_mha.interop.huggingface.adapters import WEIGHTS, AttentionAdapter
+from flax_mha.interop.huggingface.adapters import WEIGHTS
 from flax_mha.interop.huggingface.find import Found, find
 from flax_mha.interop.huggingface.folder import Folder, open_folder
 from flax_mha.interop.huggingface.new_folder import expect_free, new_folder

@@ -3,17 +3,17 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from flax_mha.core import checks
 from flax_mha.core.typing import Params
+from flax_mha.interop.adapters import AttentionAdapter, with_one_scale
 from flax_mha.interop.huggingface.adapter_arrays import (
     Linear,
     check_headers,
     kernels_of,
     linears_of,
     to_pairs,
-    with_one_scale,
 )
 from flax_mha.interop.huggingface.adapter_fields import (
     CONFIG,
@@ -35,28 +35,6 @@ from flax_mha.params.lora import check_lora
 
 WEIGHTS = "adapter_model.safetensors"
 Places = dict[str, list[Linear]]  # by the path of the module; a kernel may serve twice
-
-
-class AttentionAdapter(NamedTuple):
-    """One attention layer's: `multi_head_attention(..., lora=lora, lora_scale=scale)`.
-
-    Attributes:
-        lora: `{"query": {"a": [D, r], "b": [r, N, H]}, ...}`, as of `lora_params`.
-        scale: alpha / rank, or alpha / sqrt(rank).
-
-    Example:
-        >>> import jax, flax_mha
-        >>> config = flax_mha.MultiHeadAttentionConfig(num_heads=2, key_dim=4)
-        >>> params = flax_mha.init_params(jax.random.key(0), config, (1, 8))
-        >>> lora = flax_mha.lora_params(jax.random.key(1), config, (1, 8), rank=2)
-        >>> adapter = AttentionAdapter(lora, 16 / 2)
-        >>> merged = flax_mha.merge_lora(params, adapter.lora, adapter.scale)
-        >>> merged["query"]["kernel"].shape
-        (8, 2, 4)
-    """
-
-    lora: Params
-    scale: float
 
 
 def load_adapter(

@@ -43,17 +43,32 @@ def _is_config(config: Any) -> None:
 def params_from(
     arrays: Mapping[tuple[str, str], np.ndarray], config: MultiHeadAttentionConfig
 ) -> Params:
-    """Checked arrays as JAX's, none of them cast."""
+    """Checked arrays as JAX's, none of them cast; a kernel that has a scale, as a quantized one."""
+    scaled = {name for name, leaf in arrays if leaf == "scale" and (name, "kernel") in arrays}
     for (projection, leaf), array in arrays.items():
         name = f"{projection}/{leaf}"
+        if leaf == "kernel" and projection in scaled:
+            continue
         if not jnp.issubdtype(array.dtype, jnp.floating):
             remedy = "Is the layer quantized? Take its weights before it is."
             rule = f"`{name}` must be a floating-point array."
             checks.fail(TypeError, rule, f"dtype {array.dtype}", remedy)
         checks.x64_enabled(name, array.dtype)
-    params = tree_of(arrays)
+    scales = {name: arrays[name, "scale"] for name in scaled}
+    params = tree_of(without_scales(arrays))
     check(params, config)
+    for name, scale in scales.items():
+        params[name]["kernel"] = {"value": params[name]["kernel"], "scale": scale}
     return cast(Params, jax.tree.map(jnp.array, params))
+
+
+def without_scales(arrays: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
+    """All but the scales of kernels; those of norms stay."""
+    return {
+        (name, leaf): x
+        for (name, leaf), x in arrays.items()
+        if leaf != "scale" or (name, "kernel") not in arrays
+    }
 
 
 def tree_of(arrays: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,13 @@ from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core.typing import Params, ParamsLike, Shape
 from flax_mha.interop.keras.archive import open_keras_file
 from flax_mha.interop.keras.arguments import Options, checked
-from flax_mha.interop.keras.arrays import check, params_from, places_of, tree_of
+from flax_mha.interop.keras.arrays import (
+    check,
+    params_from,
+    places_of,
+    tree_of,
+    without_scales,
+)
 from flax_mha.interop.keras.hub import check_known
 from flax_mha.interop.keras.layer_config import call_of, config_of, told_of
 from flax_mha.interop.keras.layers import Contents, Layer, any_layer, attention_layer, contents
@@ -142,7 +148,7 @@ def _params(
     places = placed(layer, config, told_of(layer, model, kernel_axes))
     dtypes = {place: array.stored.dtype for place, array in places.items()}
     structs = {k: jax.ShapeDtypeStruct(x.shape, dtypes[k]) for k, x in places.items()}
-    check(tree_of(structs), config)  # before anything is read
+    check(tree_of(without_scales(structs)), config)  # before anything is read
     return params_from({place: array.read() for place, array in places.items()}, config)
 
 

@@ -23,6 +23,7 @@ from flax_mha.interop.keras.config import (
 from flax_mha.interop.keras.hub import found_in_table, hub_call, hub_config, table_of
 from flax_mha.interop.keras.layers import CLASS_IN_PATH, Contents, Layer
 from flax_mha.interop.keras.places import Told
+from flax_mha.interop.keras.quantized import check_policy, float_dtype, is_packed
 from flax_mha.interop.keras.tree import Stored
 
 _UNTOLD = (
@@ -39,6 +40,9 @@ def config_of(
         if not is_keras_s(layer, model):
             rule = f"Without `config=`, a layer must be Keras's own {MHA} or {GQA}."
             _ask(layer, rule, f"{layer.path!r}, of another class{_beside(layer)}")
+        if is_packed("query", layer.arrays):
+            rule = "Without `config=`, kernels must be [D, N, H]."
+            _ask(layer, rule, f"int4 at {layer.path!r}, two numbers a byte")
         return inferred_config(layer)
     entry = entry_of(layer, model)
     if entry is None and (found := found_in_table(layer, model, options)) is not None:
@@ -47,9 +51,12 @@ def config_of(
         rule = "config.json must describe the layer as one of Keras's own or of KerasHub's."
         evidence = f"nothing about {layer.path!r} ({layer.name!r}), which a custom class may hold"
         _ask(layer, rule, evidence + _beside(layer))
-    check_kernels(layer)
+    if not is_packed("query", layer.arrays):
+        check_kernels(layer)
     try:
-        return config_from_fields(layer.class_name, entry["config"])
+        config = config_from_fields(layer.class_name, entry["config"])
+        check_policy(entry["config"], layer.arrays)
+        return config
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         rule = f"config.json's description of {layer.path!r} must be one that can be used here."
         _ask(layer, rule, f"{type(error).__name__}: {error}".rstrip("."))
@@ -172,6 +179,7 @@ def inferred_config(layer: Layer) -> MultiHeadAttentionConfig:
     N, V, *E = output.shape
     heads = 1 if query.shape[1] == N else 0  # the axis of heads; first in KerasHub's Gemma
     H, K = query.shape[2], key.shape[heads]
+    dtype = float_dtype("query", layer.arrays)
     return MultiHeadAttentionConfig(
         num_heads=N,
         key_dim=H,
@@ -180,8 +188,15 @@ def inferred_config(layer: Layer) -> MultiHeadAttentionConfig:
         output_shape=None if [query.shape[1 - heads]] == E else tuple(E),
         use_gate=("gate", "kernel") in layer.arrays,
         num_kv_heads=K if layer.class_name == GQA or K != N else None,
-        param_dtype=query.dtype,
+        param_dtype=dtype,
+        **_computed_in(layer, dtype),
     )
+
+
+def _computed_in(layer: Layer, dtype: Any) -> dict[str, Any]:
+    """A narrow scale is read into float32, in which a call is not to compute for that."""
+    narrow = ("query", "scale") in layer.arrays and dtype.itemsize < 4
+    return {"dtype": dtype} if narrow else {}
 
 
 def check_kernels(layer: Layer) -> tuple[Stored, Stored, Stored]:

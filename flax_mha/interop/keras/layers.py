@@ -8,6 +8,7 @@ from flax_mha.core import checks
 from flax_mha.core.typing import Shape
 from flax_mha.interop.keras.archive import KerasFile
 from flax_mha.interop.keras.config import GQA, MHA, described_layers, name_of
+from flax_mha.interop.keras.quantized import leaves_of
 from flax_mha.interop.keras.tree import Stored, Tree, checked_tree
 
 _DENSE = ("query_dense", "key_dense", "_gate_dense", "value_dense", "output_dense")
@@ -21,7 +22,6 @@ SPELLINGS = {
     name: (part.lstrip("_"), f"_{part.lstrip('_')}", part.replace("dense", "projector"))
     for name, part in GROUPS[MHA].items()
 }
-LEAVES = {"0": "kernel", "1": "bias"}
 # Keras's own layers hold nothing else; neither part has numbers that a call depends on.
 _WEIGHTLESS = {"vars", "_softmax", "_dropout_layer"}
 CLASS_IN_PATH = r"(multi_head|grouped_query)_attention(_\d+)?"
@@ -121,14 +121,13 @@ def _arrays(
     tree: Tree, parts: Mapping[str, str], indices: Mapping[str, list[str]]
 ) -> dict[tuple[str, str], tuple[str, Stored]]:
     """The layer's arrays in Keras's order, under our names; what is more keeps its index."""
-    return {
-        (projection, LEAVES.get(index, index)): (
-            f"{group}/{index}",
-            tree.arrays[f"{group}/{index}"],
-        )
-        for projection, group in parts.items()
-        for index in indices.get(group, ())
-    }
+    found = {}
+    for projection, group in parts.items():
+        paths = {index: f"{group}/{index}" for index in indices[group]}
+        leaves = leaves_of({index: tree.arrays[path] for index, path in paths.items()})
+        for index, path in paths.items():
+            found[projection, leaves[index]] = (path, tree.arrays[path])
+    return found
 
 
 # --- names --------------------------------------------------------------------------------------

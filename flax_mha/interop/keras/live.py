@@ -12,8 +12,9 @@ from flax_mha.interop.keras.arrays import params_from
 from flax_mha.interop.keras.classes import ROWS
 from flax_mha.interop.keras.config import MHA
 from flax_mha.interop.keras.layer_config import config_from_fields
-from flax_mha.interop.keras.layers import LEAVES, SPELLINGS, Layer
+from flax_mha.interop.keras.layers import SPELLINGS, Layer
 from flax_mha.interop.keras.places import EXTRAS, Told, placed
+from flax_mha.interop.keras.quantized import LEAVES
 from flax_mha.interop.keras.tree import Stored
 from flax_mha.keras.policies import policy_dtypes
 

@@ -12,8 +12,10 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Shape
+from flax_mha.interop.keras import quantized
 from flax_mha.interop.keras.arrays import places_of
-from flax_mha.interop.keras.layers import LEAVES, Layer
+from flax_mha.interop.keras.layers import Layer
+from flax_mha.interop.keras.quantized import LEAVES, SCALE
 from flax_mha.interop.keras.tree import Stored, read_array
 
 KERAS_AXES, GEMMA_AXES = "DNH", "NDH"
@@ -41,15 +43,22 @@ class Told(NamedTuple):
 
 
 class Place(NamedTuple):
-    """One array in the file, its `shape` in the parameters, and whether its first axes swap."""
+    """One array in the file, its `shape` in the parameters, and whether its first axes swap.
+
+    Of a quantized kernel, whether two numbers are in a byte; of its scale, that it divides.
+    """
 
     path: str
     stored: Stored
     shape: Shape
     swapped: bool = False
+    packed: bool = False
+    divides: bool = False
 
     def read(self) -> np.ndarray:
         array = read_array(self.path, self.stored)
+        array = quantized.unpacked(array, self.shape) if self.packed else array
+        array = quantized.inverse(self.path, array) if self.divides else array
         array = array.swapaxes(0, 1) if self.swapped else array
         return np.ascontiguousarray(array.reshape(self.shape))
 
@@ -69,9 +78,12 @@ def placed(layer: Layer, config: MultiHeadAttentionConfig, told: Told) -> Places
         checks.fail(ValueError, rule, _shapes(layer, homeless), _remedy(homeless))
     swapped = _axes(layer, config, told) == GEMMA_AXES
     places = {
-        place: _place(place, *array, config, swapped, told.is_keras_s)
-        for place, array in layer.arrays.items()
+        (name, leaf): _place((name, leaf), *array, config, swapped, told.is_keras_s)
+        for (name, leaf), array in layer.arrays.items()
+        if leaf != SCALE
     }
+    for name in [name for name, leaf in layer.arrays if leaf == SCALE]:
+        places |= _of_quantized(name, layer, config, places[name, "kernel"])
     for name, found in options.items():
         path, stored = layer.others[name]
         places[found[0]] = Place(path, stored, stored.shape)
@@ -98,6 +110,24 @@ def _place(
     if swapped and projection != OUTPUT:
         return Place(path, stored, (shape[1], shape[0], *shape[2:]), swapped)
     return Place(path, stored, shape)
+
+
+def _of_quantized(
+    name: str, layer: Layer, config: MultiHeadAttentionConfig, kernel: Place
+) -> Places:
+    """A kernel of small numbers, and its scale."""
+    path, scale = layer.arrays[name, SCALE]
+    packed = quantized.is_packed(name, layer.arrays)
+    if packed:
+        shape = quantized.unpacked_shape(name, kernel.path, kernel.stored, scale, config)
+        kernel = kernel._replace(shape=shape, packed=True)
+        outputs = shape[quantized.INPUT_RANK[name] :]
+    else:
+        outputs = quantized.check_scale(name, path, scale, kernel.shape)
+    return {
+        (name, "kernel"): kernel,
+        (name, SCALE): Place(path, scale, outputs, divides=True),
+    }
 
 
 def _unfolded(projection: str, path: str, shape: Shape, config: MultiHeadAttentionConfig) -> Shape:
@@ -136,11 +166,17 @@ def _remedy(names: list[str]) -> str:
 
 
 def check_ordinary(layer: Layer) -> None:
-    """Every projection has floats for a kernel, and maybe a bias: no scales, no adapters."""
+    """Every projection has a kernel of floats, or of int8 and a scale, and maybe a bias."""
     for (projection, leaf), (path, stored) in layer.arrays.items():
-        if leaf not in LEAVES.values() or not jnp.issubdtype(stored.dtype, jnp.floating):
-            rule = f"{projection!r} of {layer.path!r} must be a kernel and maybe a bias, of floats."
-            remedy = "Is it quantized? Save the model before it is."
+        small = leaf == "kernel" and quantized.is_small(stored)
+        known = leaf in (*LEAVES.values(), SCALE)
+        whole = (projection, SCALE) in layer.arrays
+        if not known or not ((small and whole) or jnp.issubdtype(stored.dtype, jnp.floating)):
+            rule = (
+                f"{projection!r} of {layer.path!r} must be a kernel and maybe a bias, of floats, "
+            )
+            rule += "or an int8 kernel with its scale."
+            remedy = f"Is it quantized? {quantized.REMEDY}"
             checks.fail(ValueError, rule, f"{path!r} of dtype {stored.dtype}", remedy)
 
 

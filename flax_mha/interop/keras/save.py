@@ -24,8 +24,9 @@ from flax_mha.interop.keras.archive import (
 from flax_mha.interop.keras.arrays import places_of
 from flax_mha.interop.keras.config import GQA, MHA
 from flax_mha.interop.keras.layer_config import told_of
-from flax_mha.interop.keras.layers import GROUPS, LEAVES, attention_layer, contents
+from flax_mha.interop.keras.layers import GROUPS, attention_layer, contents
 from flax_mha.interop.keras.places import FIELDS, TABLE, Place, placed
+from flax_mha.interop.keras.quantized import LEAVES
 from flax_mha.interop.keras.tree import BFLOAT16
 from flax_mha.interop.layout import zero_bias
 

@@ -8,6 +8,8 @@ import numpy as np
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
 from flax_mha.core.typing import Params, ParamsLike
+from flax_mha.interop.adapters import AttentionAdapter
+from flax_mha.interop.keras.adapted import adapters_of, is_changed, params_of
 from flax_mha.interop.keras.arrays import check, params_from, places_of
 from flax_mha.interop.keras.config import CLASSES
 from flax_mha.interop.keras.layer_config import config_from_fields
@@ -87,25 +89,36 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
     return [np.asarray(params[projection][leaf]) for projection, leaf in places_of(config)]
 
 
-def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
+def from_keras_layer(
+    layer: Any, *, adapters: str | None = None
+) -> tuple[MultiHeadAttentionConfig, Params]:
     """(config, params) of a built attention layer of Keras, or of KerasHub.
 
     Args:
         layer: Keras's `MultiHeadAttention` or `GroupQueryAttention`, of which only the class's
-            name, `get_config()` and `get_weights()` are read; or one of KerasHub's that
-            `load_attention` knows in a file, by its class, attributes and weights.
+            name, `get_config()`, `get_weights()` and the projections' weights are read; or one of
+            KerasHub's that `load_attention` knows in a file, by its class, attributes and weights.
+        adapters: of Keras's layer with `enable_lora`: "merged", in the kernels as a file has them,
+            the sum in float32; "apart", left out: `from_keras_adapters` gives them. None: there
+            may be none.
 
     Returns:
-        The config, with the layer's dtype policy as `dtype` and `param_dtype`, and the parameters.
+        The config, with the layer's dtype policy as `dtype` and `param_dtype`, and the parameters:
+        after `quantize("int8")`, or int4 with `Int4QuantizationConfig(block_size=-1)`, kernels as
+        of `quantize_params`. Keras divides by its scale: ours is the inverse, in float32.
 
     Raises:
-        ValueError: the layer is not built, or has what this package lacks: adapters,
-            quantization, a custom initializer, an `activity_regularizer` with grouped heads, a
-            table of distances that another layer owns (T5).
+        ValueError: the layer is not built, or has what this package lacks: adapters of which
+            `adapters` says nothing, or that are to be merged into a quantized kernel; another
+            quantization, or one of KerasHub's layer; a custom initializer, an
+            `activity_regularizer` with grouped heads, a table of distances that another layer owns
+            (T5).
         TypeError: another layer, a class derived from Keras's two included.
 
     Differs from Keras: (1) `flash_attention` is not taken over; see `implementation`. (2) Axes
-    stay as Keras resolved them at build, e.g. `attention_axes=(1,)`.
+    stay as Keras resolved them at build, e.g. `attention_axes=(1,)`. (3) Keras's int8 rounds the
+    inputs of each projection too, where no config takes its `activation_quantizer` away; here
+    the weights alone are rounded.
 
     Example:
         >>> import numpy as np
@@ -118,20 +131,75 @@ def from_keras_layer(layer: Any) -> tuple[MultiHeadAttentionConfig, Params]:
         >>> config.dims, params["query"]["kernel"].shape
         (HeadDims(N=2, K=2, H=4, V=4), (8, 2, 4))
     """
-    cls = type(layer)
-    class_name = CLASSES.get(cls.__name__)
-    if cls.__module__.split(".")[0] == "keras_hub":
+    if adapters is not None:
+        checks.one_of("adapters", adapters, ("apart", "merged"))
+    if type(layer).__module__.split(".")[0] == "keras_hub":
         _is_built(layer)
         return from_hub_layer(layer)
+    class_name = _class_of(layer)
+    _is_built(layer)
+    config = config_from_fields(class_name, layer.get_config())
+    if is_changed(layer):
+        return config, params_of(layer, config, adapters)
+    return config, from_keras_weights(layer.get_weights(), config)
+
+
+def from_keras_adapters(layer: Any) -> AttentionAdapter:
+    """The adapters (`enable_lora`) of a live layer of Keras: for `lora=` and `lora_scale=`.
+
+    Keras's are a `[D, N, r]` and b `[r, H]`, of rank r for each head. The same product is one of
+    rank N r for all heads, whose b is zero between heads; training moves those zeros too. Of
+    attention_output, a `[N, V, r]` and b `[r, E]`, it is the same arrays.
+
+    Args:
+        layer: Keras's layer; `from_keras_layer(layer, adapters="apart")` gives what they stand
+            beside, quantized or not.
+
+    Returns:
+        `AttentionAdapter(lora, scale)`, of the projections that have one, in Keras's float32. scale
+        is lora_alpha / lora_rank; where projections differ, the largest, and b holds the rest:
+        exact by powers of two, else to float32's last bit.
+
+    Raises:
+        ValueError: a layer without adapters; one whose rank for all heads together the kernel has
+            not, which can be merged.
+        TypeError: another layer, a class derived from Keras's two and KerasHub's included.
+
+    Guide: `python -m flax_mha guide lora`.
+
+    Example:
+        >>> import numpy as np
+        >>> from types import SimpleNamespace as Thing
+        >>> class Array(np.ndarray):  # in earnest, a built keras.layers.MultiHeadAttention(2, 4)
+        ...     name = ""
+        >>> def named(name, shape):
+        ...     array = np.ones(shape, "float32").view(Array)
+        ...     array.name = name
+        ...     return array
+        >>> pair = [named("lora_kernel_a", (8, 2, 1)), named("lora_kernel_b", (1, 4))]
+        >>> class MultiHeadAttention:
+        ...     __module__, built, name = "keras", True, "attention"
+        ...     query_dense = Thing(weights=pair, lora_enabled=True, lora_alpha=3, lora_rank=1)
+        >>> lora, scale = from_keras_adapters(MultiHeadAttention())
+        >>> scale, {leaf: x.shape for leaf, x in lora["query"].items()}
+        (3.0, {'a': (8, 2), 'b': (2, 2, 4)})
+    """
+    _class_of(layer)
+    _is_built(layer)
+    return adapters_of(layer)
+
+
+def _class_of(layer: Any) -> str:
+    """Which of Keras's two layers it is."""
+    cls = type(layer)
+    class_name = CLASSES.get(cls.__name__)
     if class_name is None or cls.__module__.split(".")[0] != "keras":
         rule = (
             "`layer` must be keras.layers.MultiHeadAttention or keras.layers.GroupQueryAttention."
         )
         remedy = "A derived class may compute something else: use `from_keras_weights`."
         checks.fail(TypeError, rule, f"{cls.__module__}.{cls.__qualname__}", remedy)
-    _is_built(layer)
-    config = config_from_fields(class_name, layer.get_config())
-    return config, from_keras_weights(layer.get_weights(), config)
+    return class_name
 
 
 def _is_built(layer: Any) -> None:

@@ -150,7 +150,7 @@ def test_what_keras_never_writes(tmp_path, weights, members, change, message):
     [
         (KERNEL, np.zeros((D, N * H), "f4"), r"kernels must be query \[D, N, H\]"),
         (KERNEL, np.zeros((D, 2, H), "f4"), "multiple of `num_kv_heads`|must be"),
-        (KERNEL, np.zeros((D, N, H), "i1"), "of floats.*dtype int8.*quantized"),
+        (KERNEL, np.zeros((D, N, H), "i1"), r"must have its scale \[1, ..., 3, 11\].*\[3, 11\]"),
         (f"{LAYER}/query_dense/vars/2", np.ones(H, "f4"), "maybe a bias.*vars/2.*quantized"),
         (f"{LAYER}/key_dense/vars/1", np.ones(H, "f4"), r"\['key'\]\['bias'\] must be \[K, H\]"),
     ],

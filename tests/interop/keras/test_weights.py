@@ -177,7 +177,7 @@ def refused_layer(kind):
         if kind == "adapters":
             layer.query_dense.enable_lora(2)
         if kind == "quantized":
-            layer.query_dense.quantize("int8")
+            layer.query_dense.quantize("float8")
     return layer
 
 
@@ -187,8 +187,8 @@ def refused_layer(kind):
         ("not built", ValueError, "must be built.*'raw'.*layer.build"),
         ("derived", TypeError, re.escape("keras_models.MultiHeadAttention. A derived class may")),
         ("activity", ValueError, "GroupQueryAttention counts the `activity_regularizer`.*twice"),
-        ("adapters", ValueError, "must be 8 arrays.*10 arrays.*adapters"),
-        ("quantized", ValueError, "must be 8 arrays.*9 arrays.*Is it quantized"),
+        ("adapters", ValueError, "'apart' or 'merged'.*adapters of .'query'"),
+        ("quantized", ValueError, "a mode that is known: int8, int4.*'float8'"),
     ],
 )
 def test_layers_that_are_refused(kind, error, message):
