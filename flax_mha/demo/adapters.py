@@ -1,8 +1,9 @@
 """The adapters of a run, each in a folder of its own: they fit this run's parameters alone.
 
-adapters/NAME/600/          what orbax wrote after 600 steps, and its list 600.json: checkpoint.py
-adapters/NAME/adapter.json  what they were trained from and on; it appears last, and without it
-                            they do not count
+    adapters/NAME/600/          what orbax wrote after 600 steps, with its list: checkpoint.py
+    adapters/NAME/adapter.json  what they were trained from, how, and what came of it
+
+The last is written last: without it they do not count.
 """
 
 import dataclasses

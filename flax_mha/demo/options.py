@@ -131,7 +131,7 @@ def _add_adapt(commands: Any) -> None:
     )
     adapt.add_argument("--steps", type=at_least(1), default=600, metavar="N", help="default: 600")
     adapt.add_argument(
-        "--learning-rate", type=above_zero, default=3e-3, metavar="X", help="default: 0.003"
+        "--learning-rate", type=above_zero, default=0.01, metavar="X", help="default: 0.01"
     )
     adapt.add_argument("--seed", type=at_least(0), default=0, metavar="N")
 
