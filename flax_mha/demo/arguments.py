@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 
@@ -46,3 +47,16 @@ def above_zero(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return value
+
+
+def folder_name(text: str) -> str:
+    """A name of letters, digits, `.`, `_` and `-`, which stays inside the folder that it is put in.
+
+    Example:
+        >>> folder_name("plays-2")
+        'plays-2'
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text):
+        rule = "must be letters, digits, `.`, `_` and `-`, as plays-2, not beginning by `.` or `-`"
+        raise argparse.ArgumentTypeError(f"{rule}, not {text!r}")
+    return text

@@ -4,6 +4,7 @@
     settings.json    what was asked for
     metrics.jsonl    one JSON line a record: start, train, held_out, result
     checkpoints/     the two newest states
+    adapters/NAME/   what `adapt` has learned from other texts: adapters.py
     ...              pictures, and what the task makes
 
 The files are written as the run goes on, so that a run that was killed has lost little.
@@ -45,6 +46,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def adapters(self) -> Path:
+        """See `adapters.py`."""
+        return self.path / "adapters"
+
+    @property
     def last_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return max(checkpoint.steps(self.checkpoints), default=None)
@@ -57,7 +63,11 @@ class RunDirectory:
     @property
     def resume_command(self) -> str:
         """What to type."""
-        return f"{_COMMAND} resume {shlex.quote(str(self.path))}"
+        return self.command("resume")
+
+    def command(self, name: str) -> str:
+        """What to type, of this run."""
+        return f"{_COMMAND} {name} {shlex.quote(str(self.path))}"
 
     @property
     def _marker(self) -> Path:
@@ -121,6 +131,8 @@ class RunDirectory:
 
     def _clear(self) -> None:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for path in self.adapters.glob("*/adapter.json"):
+            shutil.rmtree(path.parent)
         for pattern in _OURS:
             for path in self.path.glob(pattern):
                 path.unlink()

@@ -6,15 +6,16 @@ half; without a cache the oldest byte is dropped at every step.
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mha import init_cache
 from flax_mha.core.typing import Array, PRNGKey
-from flax_mha.demo.models.language import Caches, Transformer
+from flax_mha.demo.models.language import Caches, Transformer, empty_caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,36 @@ class Sampling:
         return jax.random.categorical(sample_key, logits_Y / self.temperature).astype(jnp.int32)
 
 
-def generate(model: Transformer, params: Any, prompt: bytes, count: int, how: Sampling) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """In what numbers caches and attention weights are: "float32", "int8", None = the run's own."""
+
+    cache: str | None = None
+    weights: str | None = None
+
+    @property
+    def any_int8(self) -> bool:
+        """Whether anything is not in the run's own."""
+        return "int8" in (self.cache, self.weights)
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """For `init_cache`."""
+        return "int8" if self.cache == "int8" else None
+
+    def __str__(self) -> str:
+        parts = [name for name in ("cache", "weights") if getattr(self, name) == "int8"]
+        return f"int8 {' and '.join(parts)}"
+
+
+def generate(
+    model: Transformer,
+    params: Any,
+    prompt: bytes,
+    count: int,
+    how: Sampling,
+    cache_dtype: str | None = None,
+) -> bytes:
     """`count` bytes that follow the prompt, each computed from the cache and the byte before."""
     context, text = model.model.context, _tokens(prompt)
     end = len(text) + count
@@ -48,18 +78,22 @@ def generate(model: Transformer, params: Any, prompt: bytes, count: int, how: Sa
         made = len(text) - (end - count)
         steps = context - len(known)
         keys = _keys(how, made, steps)  # a last round may draw more than is wanted
-        continued = _continue(model, how, params, jnp.asarray(known), keys)
+        continued = _continue(model, how, params, jnp.asarray(known), keys, cache_dtype)
         text = np.concatenate([text, np.asarray(continued)])[:end]
     return bytes(text[-count:].tolist()) if count else b""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "how"))
+@functools.partial(jax.jit, static_argnames=("model", "how", "cache_dtype"))
 def _continue(
-    model: Transformer, how: Sampling, params: Any, known_T: Array, sample_keys: Array
+    model: Transformer,
+    how: Sampling,
+    params: Any,
+    known_T: Array,
+    sample_keys: Array,
+    cache_dtype: str | None,
 ) -> Array:
     """One byte for each key: the known ones are read at once, then one at a time."""
-    cache = init_cache(model.attention, 1, model.model.context)
-    logits_BTY, caches = _read(model, params, known_T, (cache,) * model.model.layers)
+    logits_BTY, caches = _read(model, params, known_T, empty_caches(model, 1, cache_dtype))
 
     def step(carry: tuple[Array, Caches], sample_key: PRNGKey) -> Any:
         logits_Y, caches = carry
@@ -113,3 +147,11 @@ def _keys(how: Sampling, first: int, count: int) -> PRNGKey:
 
 def _tokens(prompt: bytes) -> np.ndarray:
     return np.frombuffer(prompt or b"\n", np.uint8).astype(np.int32)
+
+
+def timed(function: Callable[..., bytes], *arguments: Any) -> tuple[bytes, float]:
+    """What it returns, and the seconds of a second call: the first one compiles."""
+    function(*arguments)
+    started = time.perf_counter()
+    result = function(*arguments)
+    return result, time.perf_counter() - started

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from flax_mha import constrain
@@ -114,7 +115,8 @@ def _step(
     task: Task, optimizer: optax.GradientTransformation, state: State, batch: Batch, step: Array
 ) -> State:
     _, dropout_key = _keys(task)
-    gradient = jax.grad(functools.partial(_loss, task), has_aux=True)
+    objective = lambda params, *data: loss(task, task.model, {"params": params}, *data)  # noqa: E731
+    gradient = jax.grad(objective, has_aux=True)
     grads, nats = gradient(state.params, batch, jax.random.fold_in(dropout_key, step))
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -122,17 +124,19 @@ def _step(
     return State(params, optimizer_state, losses)
 
 
-def _loss(task: Task, params: Any, batch: Batch, dropout_key: Array) -> tuple[Array, Array]:
-    """What is minimised, and the cross entropy in it."""
-    logits, sown = task.model.apply(
-        {"params": params},
+def loss(
+    task: Task, model: nn.Module, variables: Any, batch: Batch, dropout_key: Array
+) -> tuple[Array, Array]:
+    """What is minimised, and the cross entropy in it; the model is the task's, or that adapted."""
+    logits, sown = model.apply(
+        variables,
         *task.inputs(batch),
         training=True,
         rngs={"dropout": dropout_key},
         mutable=["losses"],
     )
     nats = task.nats(logits, batch)
-    return nats + sum(jnp.sum(loss) for loss in jax.tree.leaves(sown)), nats
+    return nats + sum(jnp.sum(sown_loss) for sown_loss in jax.tree.leaves(sown)), nats
 
 
 def _kernels(params: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jax
 from flax import linen as nn
 
-from flax_mha import KVCache, MultiHeadAttentionConfig
+from flax_mha import KVCache, Lora, MultiHeadAttentionConfig, init_cache
 from flax_mha.core.typing import Array
 from flax_mha.demo.models.layers import Block, unit_normal, waves
 from flax_mha.demo.settings import number
@@ -40,11 +40,13 @@ class Transformer(nn.Module):
 
     With `caches`, one a layer, the bytes continue those that the caches hold; returns
     (logits, caches). Positions are learned, unless the attention has positions of its own.
+    With `lora`, the attention layers have adapters, which are the collection "lora".
     """
 
     model: TransformerSettings
     attention: MultiHeadAttentionConfig
     sow_attention_scores: bool = False
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -57,7 +59,9 @@ class Transformer(nn.Module):
             x_BTD += self._positions(tokens_BT.shape[1], caches)[None]
         kept = []
         for i in range(model.layers):
-            block = Block(model, self.attention, True, self.sow_attention_scores, name=f"block_{i}")
+            block = Block(
+                model, self.attention, True, self.sow_attention_scores, self.lora, name=f"block_{i}"
+            )
             x_BTD, cache = block(x_BTD, training, cache=None if caches is None else caches[i])
             kept.append(cache)
         x_BTD = nn.LayerNorm(name="final_norm")(x_BTD)
@@ -75,3 +79,9 @@ class Transformer(nn.Module):
         if self.model.tied_head:
             return embed.attend(x_BTD) / self.model.features**0.5
         return nn.Dense(BYTE_VALUES, use_bias=False, name="head")(x_BTD)
+
+
+def empty_caches(model: Transformer, batch: int, dtype: str | None = None) -> Caches:
+    """One a layer, of all the positions that there are; no dtype = that which is computed in."""
+    cache = init_cache(model.attention, batch, model.model.context, dtype)
+    return (cache,) * model.model.layers

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_mha import KVCache, MultiHeadAttention, MultiHeadAttentionConfig
+from flax_mha import KVCache, Lora, MultiHeadAttention, MultiHeadAttentionConfig
 from flax_mha.core.typing import Array
 
 SLOWEST_WAVE = 256  # of the positions' first values, in positions per radian
@@ -41,13 +41,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention mixes positions, the MLP mixes features; both are residual.
 
-    `model` is the settings of the model around it; `mask` marks the real positions.
+    `model` is the settings of the model around it; `mask` marks the real positions; `lora` is the
+    attention's adapters.
     """
 
     model: Any
     attention: MultiHeadAttentionConfig
     is_causal: bool = False
     sow_attention_scores: bool = False
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -59,7 +61,10 @@ class Block(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         drop = nn.Dropout(self.model.dropout, deterministic=not training)
         attention = MultiHeadAttention.from_config(
-            self.attention, name="attention", sow_attention_scores=self.sow_attention_scores
+            self.attention,
+            name="attention",
+            lora=self.lora,
+            sow_attention_scores=self.sow_attention_scores,
         )
         y = nn.LayerNorm(name="attention_norm")(x)
         attended = attention(

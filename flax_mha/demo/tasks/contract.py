@@ -6,7 +6,7 @@ and one line in `TASKS`.
 
 import abc
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +19,7 @@ from flax_mha.demo.settings import DemoError, Settings
 from flax_mha.demo.terminal import Screen
 
 Batch = Any  # a pytree of numpy arrays
+Path = tuple[str, ...]  # the names that lead to a part of a tree
 Records = list[dict[str, Any]]
 
 
@@ -43,7 +44,7 @@ class Task(abc.ABC):
         """The linen module; its fields `attention` and `sow_attention_scores` are the layers'."""
 
     @property
-    def attention_paths(self) -> list[tuple[str, ...]]:
+    def attention_paths(self) -> list[Path]:
         """Where in the parameters the attention layers are; here, one in each block."""
         return [(f"block_{i}", "attention") for i in range(self.settings.model.layers)]
 
@@ -100,9 +101,15 @@ class Task(abc.ABC):
         _, sown = watched.apply({"params": params}, *inputs, mutable=["intermediates"])
         found = []
         for path in self.attention_paths:
-            node = functools.reduce(lambda tree, name: tree[name], path, sown["intermediates"])
+            node = at(sown["intermediates"], path)
             found.append(np.asarray(node["attention_scores"][0][0], np.float32))
         return found
+
+    def change_attention(self, params: Any, change: Callable[[Path, Any], Any]) -> Any:
+        """The parameters with those of every attention layer changed: `change(path, of_layer)`."""
+        for path in self.attention_paths:
+            params = _replaced(params, path, change(path, at(params, path)))
+        return params
 
     def yardsticks(self, results: Records) -> dict[str, float]:
         """What others reach, in the measure of `glance`: lines in the picture of the training."""
@@ -121,14 +128,26 @@ class Task(abc.ABC):
         rule = f"the task {self.settings.task!r} does not predict"
         raise DemoError(f"{rule}. Use `generate RUN --prompt TEXT`.")
 
-    def generate(self, params: Any, prompt: str, count: int, how: Any, screen: Screen) -> None:
-        """Prints text that continues the prompt.
+    def generate(
+        self, params: Any, prompt: str, count: int, how: Any, screen: Screen, stored: Any = None
+    ) -> None:
+        """Prints text that continues the prompt; `stored` says what is in int8.
 
         Raises:
             DemoError: the task is not a language model.
         """
         rule = f"the task {self.settings.task!r} does not generate text"
         raise DemoError(f"{rule}. Use `predict RUN`.")
+
+
+def at(tree: Any, path: Path) -> Any:
+    """The part of a tree of dicts."""
+    return functools.reduce(lambda found, name: found[name], path, tree)
+
+
+def _replaced(tree: Any, path: Path, part: Any) -> Any:
+    name, *rest = path
+    return {**tree, name: _replaced(tree[name], tuple(rest), part) if rest else part}
 
 
 def count_parameters(params: Any) -> int:

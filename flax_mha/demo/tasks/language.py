@@ -6,8 +6,7 @@ Judged in bits per byte on text that it has not seen, beside general compressors
 import dataclasses
 import functools
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ import numpy as np
 import optax
 
 from flax_mha.core.typing import Array
-from flax_mha.demo import compressors, evaluate
+from flax_mha.demo import compressors, evaluate, int8
 from flax_mha.demo.data.text import Split, TextSettings, load_split, windows
-from flax_mha.demo.generate import Sampling, generate, generate_without_cache
+from flax_mha.demo.generate import Sampling, Storage, generate, generate_without_cache, timed
 from flax_mha.demo.models.language import Transformer, TransformerSettings
 from flax_mha.demo.page import AttentionMap
 from flax_mha.demo.settings import DemoError, TrainSettings, number
@@ -143,12 +142,28 @@ class Language(Task):
         screen.rule()
         return text
 
-    def generate(self, params: Any, prompt: str, count: int, how: Sampling, screen: Screen) -> None:
-        """Also both speeds, measured on a second call: the first one compiles."""
-        arguments = (self.model, params, prompt.encode(), count, how)
-        sampled, seconds = _timed(generate, *arguments)
-        screen.say(_text(prompt.encode() + sampled))
-        _, seconds_without = _timed(generate_without_cache, *arguments)
+    def generate(
+        self,
+        params: Any,
+        prompt: str,
+        count: int,
+        how: Sampling,
+        screen: Screen,
+        stored: Storage | None = None,
+    ) -> None:
+        """Also both speeds, or what int8 comes to beside the run's own numbers."""
+        content, stored = prompt.encode(), stored or Storage()
+        int8.check(stored, self.settings.attention)
+        if stored.any_int8:
+            given = (content, count, how), self._prefixes[0]
+            own, small = (int8.measure(self, params, x, *given) for x in (Storage(), stored))
+            screen.say(_text(content + small.sampled))
+            int8.show(own, small, stored, self, screen)
+            return
+        arguments = (self.model, params, content, count, how)
+        sampled, seconds = timed(generate, *arguments)
+        screen.say(_text(content + sampled))
+        _, seconds_without = timed(generate_without_cache, *arguments)
         screen.rule()
         speeds = f"{count / seconds:,.0f} bytes per second with the cache"
         speeds += f", {count / seconds_without:,.0f} without"
@@ -173,10 +188,3 @@ def snippet(text: np.ndarray, limit: int) -> bytes:
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", errors="replace")
-
-
-def _timed(function: Callable[..., bytes], *arguments: Any) -> tuple[bytes, float]:
-    function(*arguments)
-    started = time.perf_counter()
-    result = function(*arguments)
-    return result, time.perf_counter() - started
