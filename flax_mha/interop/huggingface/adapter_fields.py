@@ -1,7 +1,6 @@
 """adapter_config.json: each field is read, known to be harmless, or refused by name."""
 
 import difflib
-import json
 import math
 import pathlib
 import re
@@ -11,10 +10,9 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 from flax_mha.core import checks
 from flax_mha.interop.huggingface.family import fields_set
 from flax_mha.interop.huggingface.fields import Fields
-from flax_mha.interop.huggingface.folder import within
+from flax_mha.interop.huggingface.folder import read_json
 
 CONFIG = "adapter_config.json"
-_LARGEST = 2**24  # bytes; a real one has thousands
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 # What says where adapters came from or how they were trained: their arrays say what there is.
 _HARMLESS = fields_set(
@@ -84,7 +82,7 @@ class Ranks(NamedTuple):
 
 def read_fields(path: pathlib.Path, ignore_modules: Sequence[str]) -> Ranks:
     """What the file says of ranks and scales; what changes the numbers otherwise is refused."""
-    fields = AdapterFields(_read(path), {"r": 8, "lora_alpha": 8})
+    fields = AdapterFields(read_json(path, CONFIG), {"r": 8, "lora_alpha": 8})
     if fields.get("peft_type") != "LORA":
         kinds = f"only LoRA's is known, `{_shown('LORA')}`"
         fields.refuse("peft_type", kinds, str(fields.get("peft_type")))
@@ -136,23 +134,6 @@ def is_among(module: str, names: Iterable[str]) -> bool:
 
 
 # --- in -----------------------------------------------------------------------------------------
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    file = within(path, CONFIG)
-    if (size := file.stat().st_size) > _LARGEST:
-        checks.fail(ValueError, f"{CONFIG} must have at most {_LARGEST} bytes.", f"{size} bytes")
-    try:
-        values = json.loads(file.read_bytes(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        checks.fail(ValueError, f"{CONFIG} must be JSON.", f"{error}", "Was it cut short?")
-    if not isinstance(values, dict):
-        checks.fail(ValueError, f"{CONFIG} must hold an object.", f"a {type(values).__name__}")
-    return values
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name}, which is no JSON number")
 
 
 def _check_start(fields: AdapterFields) -> None:

@@ -13,7 +13,8 @@ from flax_mha.interop.torch import load_safetensors
 from flax_mha.interop.torch.safetensors import Header, read_headers
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_LARGEST = {_CONFIG: 2**24, _INDEX: 2**28}  # bytes; a real one has thousands, an index millions
+_LARGEST = {_INDEX: 2**28}  # bytes; a real one has millions, other files thousands
+_LARGEST_OF_OTHERS = 2**24
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _CONVERT = (
     "Convert it once, where the folder is trusted: `AutoModel.from_pretrained(directory)."
@@ -80,9 +81,9 @@ def _expect_config(path: pathlib.Path) -> None:
 def read_json(path: pathlib.Path, name: str) -> dict[str, Any]:
     """The object in one of the folder's JSON files; its size is looked at before it is read."""
     file = within(path, name)
-    size = file.stat().st_size
-    if size > _LARGEST[name]:
-        rule = f"{name} must have at most {_LARGEST[name]} bytes."
+    size, most = file.stat().st_size, _LARGEST.get(name, _LARGEST_OF_OTHERS)
+    if size > most:
+        rule = f"{name} must have at most {most} bytes."
         checks.fail(ValueError, rule, f"{size} bytes")
     try:
         values = json.loads(file.read_bytes(), parse_constant=_no_constant)
