@@ -32,8 +32,8 @@ def quantized(
     Example:
         >>> import jax.numpy as jnp
         >>> value, scale = quantized(jnp.array([[1.0, -2.54], [0.0, 0.0]]), -1)
-        >>> value.tolist(), scale.round(3).tolist()
-        ([[50, -127], [0, 0]], [0.019999999552965164, 0.0])
+        >>> value.tolist(), [round(x, 4) for x in scale.tolist()]
+        ([[50, -127], [0, 0]], [0.02, 0.0])
     """
     x, most = x.astype(wide_dtype(x.dtype)), largest(dtype)
     exact = jnp.abs(x).max(axes, initial=0, keepdims=True) / most

@@ -8,6 +8,7 @@ import optax
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import checks
+from flax_mha.core.quantization import DTYPES
 from flax_mha.core.typing import Array, ParamsLike
 
 
@@ -31,7 +32,7 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
         >>> float(flax_mha.apply_constraints(params, config)["query"]["kernel"].min())
         0.0
     """
-    if any(_names(path)[-2:] == ("kernel", "value") for path, _ in _leaves(params)):
+    if any(map(_is_quantized, jax.tree_util.tree_leaves_with_path(params))):
         rule = "A quantized kernel has no constraint: it is not trained."
         checks.fail(TypeError, rule, "quantized parameters", "Constrain them, then quantize.")
     return jax.tree_util.tree_map_with_path(
@@ -86,8 +87,10 @@ def _constraint(config: MultiHeadAttentionConfig, key_path: Any) -> Callable[[Ar
     return (found and found[-1]) or (lambda array: array)
 
 
-def _leaves(params: Any) -> Any:
-    return jax.tree_util.tree_leaves_with_path(params)
+def _is_quantized(leaf: tuple[Any, Array]) -> bool:
+    """Whether it is the values of a quantized kernel; a box has integers nowhere."""
+    path, array = leaf
+    return _names(path)[-2:] == ("kernel", "value") and array.dtype.name in DTYPES
 
 
 def _names(key_path: Any) -> tuple[str, ...]:

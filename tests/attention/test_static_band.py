@@ -86,7 +86,7 @@ def test_blocks_are_as_large_as_suits_the_band():
 
         def trace(query):
             arrays = dict.fromkeys(("query", "key", "value"), query)
-            inputs, _ = canonical(**given | arrays | {"mask": mask})
+            inputs, _ = canonical(**given | arrays | {"mask": mask, "scales": None})
             found.append(tiling_of(inputs, None, Place("cpu", 1)))
 
         jax.eval_shape(trace, x)

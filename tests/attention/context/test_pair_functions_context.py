@@ -215,7 +215,7 @@ def canonical_of(query, key, value, mask, axis) -> tuple[Inputs, object]:
     from flax_mha.attention.dispatch import bound
 
     data, static, _, _ = bound(query, key, value, {"mask": mask})
-    return canonical(**data, **static, axis=axis)
+    return canonical(**data, **static, axis=axis, scales=None)
 
 
 # --- what a device has little of ----------------------------------------------------------------
