@@ -28,7 +28,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # slow.
 THINNED = {
     "attention/context/test_collectives.py": 3,
-    "attention/context/test_edges.py": 3,
+    "attention/context/test_edges.py": 5,
     "attention/context/test_groups.py": 3,
     "attention/context/test_pair_functions_context.py": 40,
     "attention/context/test_strategies.py": 3,
@@ -54,6 +54,10 @@ THINNED = {
     "bench/aot/test_programs.py": 18,
     "core/pairs/test_intervals.py": 16,
     "demo/test_dates.py": 2,
+    "demo/test_inspect.py": 3,
+    "demo/test_measures.py": 3,
+    "demo/test_mesh.py": 3,
+    "demo/test_resume.py": 3,
     "interop/flax/test_attention_fn.py": 10,
     "interop/flax/test_weights.py": 3,
     "interop/huggingface/test_adapters.py": 3,
@@ -85,7 +89,7 @@ THINNED = {
     "layer/test_latent.py": 14,
     "layer/test_lora.py": 4,
     "layer/test_neighborhood_layer.py": 14,
-    "layer/test_norms.py": 3,
+    "layer/test_norms.py": 6,
     "layer/test_oracle.py": 17,
     "layer/test_pair_decoding.py": 13,
     "layer/test_pair_masks.py": 14,
