@@ -98,7 +98,7 @@ def init_cache(
     if not as_int8:
         checks.x64_enabled("dtype", checks.floating_dtype("dtype", name))
     _, K, H, V = config.cache_dims
-    scale = jnp.zeros((*batch, K, slots), "float32") if as_int8 else None
+    scale = lambda: jnp.zeros((*batch, K, slots), "float32") if as_int8 else None  # noqa: E731
     return KVCache(
         jnp.zeros((*batch, K, slots, H), name),
         jnp.zeros((*batch, K, slots, V), name),
@@ -106,8 +106,8 @@ def init_cache(
         start=jnp.zeros(batch, "int32"),
         window=window if is_ring else None,
         is_causal=is_causal,
-        key_scale=scale,
-        value_scale=scale,
+        key_scale=scale(),  # arrays of their own: a step may be given both to write into
+        value_scale=scale(),
     )
 
 

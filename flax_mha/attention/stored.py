@@ -18,6 +18,7 @@ from flax_mha.attention.contract import Scales
 from flax_mha.core.typing import Array, DType
 
 Einsum = Callable[..., Array]
+UNIT = 2.0**-7  # an int8 times it is below 1
 
 
 def product(einsum: Einsum, rows_BKRH: Array, key_BSKH: Array, scales: Scales) -> Array:
@@ -34,12 +35,17 @@ def product(einsum: Einsum, rows_BKRH: Array, key_BSKH: Array, scales: Scales) -
 def context(
     einsum: Einsum, weights_BKRS: Array, value_BSKV: Array, scales: Scales, dtype: DType
 ) -> Array:
-    """weights . value `[B, K, R, V]`, of values that are int8."""
+    """weights . value `[B, K, R, V]`, of values that are int8.
+
+    Values are below 1 and scales of the size of the values they stand for: small weights times the
+    scales themselves would leave float16.
+    """
 
     def of_head(weights_RS: Array, value_SV: Array) -> Array:
-        return einsum("RS,SV->RV", weights_RS, value_SV.astype(dtype))
+        return einsum("RS,SV->RV", weights_RS, value_SV.astype(dtype) * UNIT)
 
-    scaled_BKRS = weights_BKRS * _beside_rows(scales.value_BSK).astype(weights_BKRS.dtype)
+    scale_BK1S = _beside_rows(scales.value_BSK).astype(weights_BKRS.dtype) / UNIT
+    scaled_BKRS = weights_BKRS * scale_BK1S
     return _each_head(of_head, scaled_BKRS.astype(dtype), value_BSKV)
 
 

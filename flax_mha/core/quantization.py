@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
 def quantized(
     x: Array, axes: int | tuple[int, ...], dtype: DType = "int8", scale_dtype: DType = "float32"
 ) -> Quantized:
-    """x by rows of these axes; a scale is rounded before it divides, so nothing is lost by that.
+    """x by rows of these axes. A scale is rounded up before it divides, so nothing is lost by that.
 
     An int8 is off by at most half a step, max|row| / 254; of a bfloat16 scale 1 / 253.
 
@@ -37,13 +37,20 @@ def quantized(
     """
     x, most = x.astype(wide_dtype(x.dtype)), largest(dtype)
     exact = jnp.abs(x).max(axes, initial=0, keepdims=True) / most
-    scale = exact.astype(scale_dtype)
+    scale = _rounded_up(exact, scale_dtype)
     divisor = scale.astype(x.dtype)
     usable = jnp.isfinite(divisor) & (divisor > 0)
     value = jnp.where(usable, x / jnp.where(usable, divisor, 1), 0).clip(-most, most)
     if jnp.issubdtype(dtype, jnp.integer):
         value = jnp.round(value)
     return Quantized(value.astype(dtype), scale.squeeze(axes))
+
+
+def _rounded_up(x: Array, dtype: DType) -> Array:
+    """x >= 0 in a dtype, at least x: of a float16 near 0 the nearest may be half of it, or 0."""
+    nearest = x.astype(dtype)
+    above = jnp.nextafter(nearest, jnp.asarray(jnp.inf, dtype))
+    return jnp.where(nearest.astype(x.dtype) < x, above, nearest)
 
 
 def largest(dtype: DType) -> float:

@@ -49,8 +49,7 @@ def _times(equation: str, x: Array, kernel: Any, precision: Any) -> Array:
     """x . kernel; of a quantized one, x . values and then the scale."""
     if not isinstance(kernel, QuantizedKernel):
         return contract(equation, x, kernel.astype(x.dtype), precision)
-    y = contract(equation, x, kernel.values(x.dtype), precision)
-    return y * jax.lax.broadcast_to_rank(kernel.scale_beside(x.dtype), y.ndim)
+    return kernel.scaled(contract(equation, x, kernel.values(x.dtype), precision), x.dtype)
 
 
 def _through(adapter: Any, equation: str, x: Array, precision: Any) -> Array:

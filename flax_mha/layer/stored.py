@@ -56,8 +56,7 @@ def _heads_last(x: Array) -> Array:
 
 @jax.custom_jvp
 def _rounded(x_BSKF: Array) -> Quantized:
-    value, scale = quantized(x_BSKF, -1)
-    return Quantized(value, scale.astype("float32"))
+    return quantized(x_BSKF, -1)
 
 
 def _tangent(primals: Any, tangents: Any) -> Any:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mha.core import boxes, checks
+from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.interception import refuse_interception
 from flax_mha.core.quantization import DTYPES, largest, quantized, small_dtype
 from flax_mha.core.typing import Array, DType, Params, ParamsLike, Shape
@@ -123,16 +124,17 @@ class QuantizedKernel:
 
     def astype(self, dtype: DType) -> Array:
         """What it stands for, as an array."""
-        scale = jax.lax.broadcast_to_rank(self.scale_beside(dtype), self.value.ndim)
-        return self.values(dtype) * scale
+        return self.scaled(self.values(wide_dtype(dtype)), dtype)
 
     def values(self, dtype: DType) -> Array:
         """The values by a power of two, below 1: sums of the numbers themselves leave float16."""
         return self.value.astype(dtype) * self._unit
 
-    def scale_beside(self, dtype: DType) -> Array:
-        """The scale of `values`."""
-        return (self.scale / self._unit).astype(dtype)
+    def scaled(self, y: Array, dtype: DType) -> Array:
+        """y, which is `values` or a product with them, times what each output stands for."""
+        wide = wide_dtype(dtype)
+        scale = self.scale.astype(wide) / self._unit
+        return (y.astype(wide) * jax.lax.broadcast_to_rank(scale, y.ndim)).astype(dtype)
 
     @property
     def _unit(self) -> float:

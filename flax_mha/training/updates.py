@@ -88,9 +88,9 @@ def _constraint(config: MultiHeadAttentionConfig, key_path: Any) -> Callable[[Ar
 
 
 def _is_quantized(leaf: tuple[Any, Array]) -> bool:
-    """Whether it is the values of a quantized kernel; a box has integers nowhere."""
+    """Whether it is the numbers of a quantized kernel: no kernel in a box has that dtype."""
     path, array = leaf
-    return _names(path)[-2:] == ("kernel", "value") and array.dtype.name in DTYPES
+    return "kernel" in _names(path)[-2:] and array.dtype.name in DTYPES
 
 
 def _names(key_path: Any) -> tuple[str, ...]:

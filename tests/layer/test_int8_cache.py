@@ -1,6 +1,7 @@
 """Int8 caches: against the same attention in NumPy's rounding, whatever the cache and the call."""
 
 import dataclasses
+import functools
 
 import flax.serialization
 import jax
@@ -8,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_mha
 from flax_mha import MultiHeadAttentionConfig as Config
 from flax_mha import forward, init_cache, init_cross_cache, init_params, multi_head_attention
+from flax_mha.attention import stored
+from flax_mha.attention.contract import Scales
 from flax_mha.core.quantization import quantized
 from flax_mha.positions import Alibi, Rotary, Score
 
@@ -262,6 +267,65 @@ def test_the_cache_is_never_widened_as_a_whole():
         assert memory.temp_size_in_bytes < 1.1 * widened  # one array at a time
     else:
         assert memory.temp_size_in_bytes < cache.key.nbytes
+
+
+def test_many_small_weights_of_float16():
+    """1 / 4,000 times a scale of 3 / 400 would have two digits; each operation by itself here."""
+    value = jax.random.randint(jax.random.key(0), (1, 4000, 1, 3), 1, 127, "int8")
+    scales = Scales(*[jnp.full((1, 4000, 1), 0.0075)] * 2)
+    weights = jnp.full((1, 1, 1, 4000), 1 / 4000)
+    einsum = functools.partial(jnp.einsum, preferred_element_type="float32")
+    got = stored.context(einsum, weights, value, scales, "float16")
+    heads = np.asarray(value, np.float64) * np.asarray(scales.value_BSK, np.float64)[..., None]
+    np.testing.assert_allclose(got[0, 0], heads.mean(1)[0], rtol=2e-4)
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["line", "ring"])
+def test_a_step_that_is_given_the_cache_to_write_into(size):
+    """Each array once: JAX refuses to donate one twice."""
+    config = Config(num_heads=4, key_dim=8, sliding_window=size)
+    params = init_params(jax.random.key(1), config, X.shape)
+    step = jax.jit(functools.partial(attend, config), donate_argnums=1)
+    want, _ = attend(config, params, init_cache(config, B, 20, "int8"))
+    got, cache = step(params, init_cache(config, B, 20, "int8"), X[:, :2])
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert step(params, cache, X[:, 2:4])[1].length.tolist() == [4] * B
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_on_a_mesh_a_cache_stays_where_it_is(kind):
+    config = Config(num_heads=4, key_dim=8, num_kv_heads=2)
+    params = init_params(jax.random.key(1), config, X.shape)
+    x, source = X[:2, :6], X[:2]
+    want, _ = decoded(config, params, (4, 1, 1), init_cache(config, 2, 8, "int8"), x)
+    crossed = multi_head_attention(
+        params,
+        x,
+        None,
+        config=config,
+        cache=init_cross_cache(params, source, config=config, dtype="int8"),
+    )[0]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+    place = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        specs = flax_mha.param_specs(config, {"heads": "model"})
+        placed = jax.tree.map(lambda x, spec: place(spec)(x), params, specs)
+        cache = init_cache(config, 2, 8, "int8")
+        by_rank = {1: P("data"), 3: P("data", "model"), 4: P("data", "model")}
+        cache = jax.tree.map(lambda x: place(by_rank[x.ndim])(x), cache)
+        step = jax.jit(functools.partial(attend, config))
+        outputs, own = [], place(P("data"))(x)
+        for start, stop in ((0, 4), (4, 5), (5, 6)):
+            y, cache = step(placed, cache, own[:, start:stop])
+            outputs.append(y)
+        assert cache.key_scale.sharding.spec[:2] == ("data", "model")
+        make = jax.jit(lambda p, x: init_cross_cache(p, x, config=config, dtype="int8"))
+        read = jax.jit(
+            lambda p, x, cache: multi_head_attention(p, x, None, config=config, cache=cache)[0]
+        )
+        got = read(placed, own, make(placed, place(P("data"))(source)))
+    np.testing.assert_allclose(np.concatenate(jax.device_get(outputs), 1), want, atol=1e-5)
+    np.testing.assert_allclose(jax.device_get(got), crossed, atol=1e-5)
 
 
 def attend(config, params, cache, x=X[:, :2]):

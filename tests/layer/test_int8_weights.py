@@ -26,6 +26,8 @@ from flax_mha import (
     quantize_params,
 )
 from flax_mha.interop.torch import to_torch_state_dict
+from flax_mha.layer.projection import project
+from flax_mha.params.quantized import QuantizedKernel
 
 B, T, D = 2, 9, 32
 X = jax.random.normal(jax.random.key(0), (B, T, D))
@@ -94,6 +96,30 @@ def test_a_16_bit_layer_stays_one_and_its_sums_stay_finite(dtype):
     want = multi_head_attention(params, x, x, config=config)
     assert got.dtype == dtype
     np.testing.assert_allclose(got.astype("float32"), want.astype("float32"), rtol=0.03)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 6.506e4])
+def test_columns_of_float16_near_its_ends(size):
+    """The scale of small ones is no normal number, and 128 times that of large ones none at all."""
+    kernel = jnp.linspace(-1, 1, 60).reshape(5, 3, 4) * size
+    params = {"query": {"kernel": kernel.astype("float16")}}
+    small = quantize_params(params)["query"]["kernel"]
+    back = dequantize_params({"query": {"kernel": small}})["query"]["kernel"]
+    exact = np.asarray(params["query"]["kernel"], np.float64)
+    step = max(1.02 * np.abs(exact).max(0).max() / 127, 2.0**-24)
+    assert np.abs(np.asarray(back, np.float64) - exact).max() <= 0.51 * step + 2.0**-25
+    x = jnp.full((1, 1, 5), 2.0**-6, "float16")
+    assert jnp.isfinite(back).all()
+    y = project(
+        "BTD,DNH->BTNH",
+        x,
+        {"kernel": QuantizedKernel(**small)},
+        dtype="float16",
+        precision=None,
+        isolate=False,
+    )
+    want = np.einsum("btd,dnh->btnh", np.asarray(x, np.float64), np.asarray(back, np.float64))
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=0.01, atol=2.0**-23)
 
 
 def test_caches_scores_and_cross_caches_read_them():
