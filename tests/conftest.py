@@ -13,7 +13,7 @@ os.environ["MPLBACKEND"] = "agg"
 import jax
 import pytest
 from residence import Programs
-from thinning import tables, unlike
+from thinning import singles, tables, unlike
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -153,14 +153,15 @@ def pytest_addoption(parser):
         type=int,
         default=1,
         metavar="N",
-        help="of each function with 2 cases or more run one in N, chosen to be unlike each other;"
-        " from the last on where N is negative",
+        help="of each function with 2 cases or more run one in N, chosen to be unlike each other,"
+        " and of a file's other functions every second; from the last on where N is negative",
     )
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if (n := config.getoption("thin")) != 1:
-        told = f"--thin={n}: of each function with 2 cases or more one in {abs(n)} ran"
+        told = f"--thin={n}: of each function with 2 cases or more one in {abs(n)} ran, and of the"
+        told += " others of a file every second"
         terminalreporter.write_line(told)
     if (count := config.stash.get(LEFT, 0)) and "not slow" not in config.getoption("markexpr"):
         told = f"{count} slow cases of large tables did not run: with EVERY_ROW=1 they do"
@@ -197,7 +198,9 @@ def is_fast(item):
 def left_out(items, n):
     """What `--thin` leaves out."""
     thinned = [cases for cases in tables(items, is_fast) if file_of(cases[0]) not in WHOLE]
-    return {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
+    others = [] if n == 1 else singles(items, is_fast)
+    halves = {case for cases in others for case in cases[n > 0 :: 2]}
+    return halves | {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
 
 
 def rare(items):

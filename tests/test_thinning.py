@@ -4,7 +4,7 @@ import itertools
 import types
 
 import pytest
-from thinning import half, tables, unlike, values_of
+from thinning import half, singles, tables, unlike, values_of
 
 
 def table(*sizes):
@@ -72,3 +72,16 @@ def test_what_does_not_belong_and_functions_of_one_case_are_in_no_table():
     assert tables(cases, lambda case: case in cases[:2]) == [cases[:2]]
     assert tables(cases, lambda case: case in cases[:1]) == []
     assert tables([types.SimpleNamespace(path="", originalname="test_alone")], bool) == []
+
+
+def test_singles_are_by_file_what_is_in_no_table():
+    cases = table(3)
+    one, two, other = (
+        types.SimpleNamespace(path=path, originalname=f"test_{path}")
+        for path in ("test_it.py", "test_it.py", "test_that.py")
+    )
+    items = [one, *cases, two, other]
+    assert singles(items, lambda case: True) == [[one, two], [other]]
+    assert singles(items, lambda case: case is not two) == [[one], [other]]
+    belongs = lambda case: case in (cases[0], other)
+    assert singles(items, belongs) == [[cases[0]], [other]]

@@ -13,6 +13,16 @@ def tables(items, belongs):
     return [cases for cases in found.values() if len(cases) >= 2]
 
 
+def singles(items, belongs):
+    """By file, what is in no table: the functions of one case that belong."""
+    inside = {id(case) for cases in tables(items, belongs) for case in cases}
+    found = {}
+    for item in items:
+        if id(item) not in inside and belongs(item):
+            found.setdefault(item.path, []).append(item)
+    return list(found.values())
+
+
 def values_of(case):
     """The value of each argument, and of each two, by their places in the table."""
     values = sorted(case.callspec.indices.items())
