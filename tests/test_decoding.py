@@ -223,6 +223,7 @@ def test_reorder_for_beam_search():
     assert_close(output[:, 0], one_pass(params, config, continued)[:, 5], "float32")
 
 
+@pytest.mark.slow
 def test_the_linen_module_decodes():
     config, params = layer_of({"position": "rotary", "use_sinks": True, "qk_norm": "rms"})
     module = MultiHeadAttention.from_config(config)

@@ -68,6 +68,7 @@ def test_the_mask_is_that_of_the_loops(name):
     np.testing.assert_array_equal(dense(mask_of(name), len(allowed_TS)), allowed_TS)
 
 
+@pytest.mark.slow
 def test_the_masks_are_those_of_natten():
     """All but what it does not have."""
     assert set(NATTEN) == set(GRIDS) - set(BEYOND_NATTEN)

@@ -68,6 +68,7 @@ def assert_same_bits(actual, expected):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
+@pytest.mark.slow
 @FORMATS
 def test_params_of_every_dtype_come_back_bit_for_bit(saved, tmp_path):
     """Three layers in one tree: a mixed one is what mixed precision saves."""

@@ -127,6 +127,7 @@ def test_without_dropout_a_block_has_any_size(block_sizes):
     assert_close(got, dot_product_attention(*arrays, is_causal=True), "float32")
 
 
+@pytest.mark.slow
 def test_the_layer_runs_blockwise_and_equals_the_reference():
     config = MultiHeadAttentionConfig(2, 8, dropout=0.2, use_gate=True, num_kv_heads=1)
     x = normal(0, 2, 150, 16)

@@ -261,6 +261,7 @@ def test_numbers_and_gradients_are_the_reference_s(name, dtype, by_xla):
     assert given[3] is None or given[3].dtype == dtype
 
 
+@pytest.mark.slow
 def test_a_query_without_a_key_is_0_and_so_are_its_gradients(by_xla):
     values = arrays(*SIZES)
     mask = np.asarray(booleans(3, B, 1, T, S)) & (np.arange(T) % 3 != 1)[:, None]

@@ -244,6 +244,7 @@ def test_16_bits(dtype, derivative):
         )
 
 
+@pytest.mark.slow
 def test_jacobians():
     case = CASES["causal"]
     arrays = arrays_of(case, "float32")

@@ -123,6 +123,7 @@ def test_what_a_forbidden_pair_scores_goes_nowhere(implementation, blocks):
     assert_close(result, dot_product_attention(*QKV, mask=mask, score=guarded, **call), "float32")
 
 
+@pytest.mark.slow
 def test_the_same_weights_are_dropped():
     """One dropout key, whatever computes it, and the dense form with the bits of that key."""
     example = SCORES["ALiBi"]

@@ -103,6 +103,7 @@ def test_nothing(sizes):
         compare(ours, expected, 0.0)
 
 
+@pytest.mark.slow
 def test_float32_in_x64():
     """Indices and constants are of 64 bits there, but for those that say what they are."""
     with x64():

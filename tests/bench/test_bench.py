@@ -103,6 +103,7 @@ def test_an_interrupted_run_keeps_its_cases(tmp_path, capsys, monkeypatch):
     assert found["cases"][0]["contenders"][0]["samples"]
 
 
+@pytest.mark.slow
 def test_pairs_of_cases_are_timed_in_turns(tmp_path, capsys):
     labels = [f"{SMALL} F", f"{SMALL} F causal", f"{SMALL} F dropout=0.1"]
     arguments = [word for label in labels for word in ("--case", label)]

@@ -9,6 +9,7 @@ from flax_mha.bench.decoding import Size, check, flax_linen, main, ours
 SMALL = Size(2, D=16, N=2, S=64)
 
 
+@pytest.mark.slow
 def test_both_layers_read_the_same(peers_promote):
     assert check({"flax_mha": ours(SMALL), "linen": flax_linen(SMALL)}, SMALL) < 1e-5
 

@@ -150,6 +150,7 @@ def random_model():
     return task, jax.tree.map(lambda leaf: 2 * leaf, params), sources
 
 
+@pytest.mark.slow
 def test_caches_decode_what_the_whole_model_decodes(random_model):
     task, params, sources = random_model
     whole = jax.jit(lambda before: task.model.apply({"params": params}, sources, before))
@@ -183,6 +184,7 @@ def test_the_target_is_read_causally_and_begins_with_the_start(random_model):
     assert (old[0, 6] != new[0, 6]).any()
 
 
+@pytest.mark.slow
 def test_a_run_predicts_dates(run_of, capsys):
     run = run_of("dates")
     assert cli.main(run.train("--no-plots", "--steps", "3")) == 0

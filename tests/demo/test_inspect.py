@@ -66,6 +66,7 @@ def test_maps_are_weights_of_the_queries_over_the_keys(trained, task):
         assert is_lower == causal
 
 
+@pytest.mark.slow
 def test_labels(trained):
     run = trained("language")
     task, params, _ = opened(run.out)

@@ -51,6 +51,7 @@ def test_every_byte_but_the_first_is_counted_once(length):
     np.testing.assert_array_equal(counts, [0] + [1] * (length - 1))
 
 
+@pytest.mark.slow
 def test_bits_per_byte_of_a_uniform_model_is_eight(trained):
     model, params = trained
     silent = jax.tree.map(jnp.zeros_like, params)
@@ -58,6 +59,7 @@ def test_bits_per_byte_of_a_uniform_model_is_eight(trained):
     assert evaluate.bits_per_byte(model, silent, text, CONTEXT) == pytest.approx(8)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_byte_by_byte(trained):
     model, params = trained
     text = np.frombuffer(b"while x: x = f(x)", np.uint8)

@@ -69,6 +69,7 @@ def test_the_losses_are_those_of_one_device(task_on, name, sizes):
         np.testing.assert_allclose(of_many, of_one, atol=1e-7 + 2e-4 * np.abs(of_one).max())
 
 
+@pytest.mark.slow
 def test_another_dropout_mask_would_be_seen(task_on):
     """The losses above agree because the masks do: with another seed they are apart."""
     task = task_on("language")
@@ -134,6 +135,7 @@ def curve(run, out):
     return [[row["step"], row["loss"]] for row in run.records("train", out)]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(run_of, capsys, monkeypatch):
     run = run_of("language")
     whole = run.out.with_name("whole")

@@ -140,6 +140,7 @@ def killed_and_resumed(run, tmp_path, count, lost, target, mesh):
     return whole, run.out, broken
 
 
+@pytest.mark.slow
 def test_killed_in_mid_step_and_resumed(run_of, tmp_path):
     """The losses of one process, through a SIGKILL."""
     run, mesh = run_of("language"), ["--set=mesh.data=2", "--set=mesh.heads=2"]

@@ -86,6 +86,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(run_of, monkeypatch, 
     assert {path.name for path in run.out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+@pytest.mark.slow
 def test_sigkill_and_ctrl_c_of_a_process(run_of, capsys):
     run = run_of("language")
     whole = run.out.with_name("whole")
@@ -109,6 +110,7 @@ def test_sigkill_and_ctrl_c_of_a_process(run_of, capsys):
     assert "is finished: all 60 steps are done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_after_the_training(run_of, capsys, monkeypatch):
     run = run_of("language")
 
@@ -138,6 +140,7 @@ def test_ctrl_c_before_the_first_checkpoint(run_of, capsys, monkeypatch):
     assert cli.main(run.train("--no-plots", "--steps", "2")) == 0
 
 
+@pytest.mark.slow
 def test_a_run_is_replaced_only_when_asked(run_of, capsys):
     run = run_of("language")
     quick = ["--no-plots", "--steps", "2"]

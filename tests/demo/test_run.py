@@ -91,6 +91,7 @@ def test_bad_options_of_generate(option, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recent_loss_is_the_mean_since_the_last_record(run):
     task = task_with(run, {"steps": 7, "log_every": 4})
     every = {}

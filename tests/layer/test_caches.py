@@ -56,6 +56,7 @@ def test_drafts_are_dropped(window, slack, position):
         assert_close(both, expected[:, n : n + 2], "float32", f"after {n}")
 
 
+@pytest.mark.slow
 def test_each_example_keeps_as_many_drafts_as_are_right():
     """A line, a ring with room, under one jit; then a chunk, and a step."""
     for window, slack in ((None, 0), (4, 3)):

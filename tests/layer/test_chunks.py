@@ -74,6 +74,7 @@ def test_any_size_of_chunk(chunk):
     assert_close(output, expected(params, x, within(True, chunk)), "float32")
 
 
+@pytest.mark.slow
 def test_blocks_skip_nothing_that_a_chunk_holds():
     config, params, x = layer(130, chunk_size=50, implementation="blockwise")
     x = x[:1]

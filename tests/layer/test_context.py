@@ -148,6 +148,7 @@ def test_zigzag_of_one_device_is_any_length():
     np.testing.assert_allclose(output, one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_modules_take_it():
     x = normal(0, B, T, D)
     with jax.set_mesh(mesh_of((1, 1, 8))):

@@ -297,6 +297,7 @@ def test_linen_and_its_parameters():
     assert_close(on_mesh, apply(PARAMS, x), "float32")
 
 
+@pytest.mark.slow
 def test_nnx_made_and_called_within_the_mesh():
     x = normal(1, B, 16, D)
     make = lambda: flax_mha.nnx.MultiHeadAttention(N, H, query_features=D, rngs=nnx.Rngs(0))

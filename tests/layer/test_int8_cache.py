@@ -222,6 +222,7 @@ def test_sixteen_bits_round_no_more_than_they_do_without(dtype):
     assert abs(got.astype("float32") - want).max() < 3 * own
 
 
+@pytest.mark.slow
 def test_the_bytes_and_what_loops_jit_vmap_export_and_files_make_of_it():
     config = Config(num_heads=4, key_dim=64)
     params = init_params(jax.random.key(1), config, X.shape)

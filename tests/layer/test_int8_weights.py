@@ -122,6 +122,7 @@ def test_columns_of_float16_near_its_ends(size):
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=0.01, atol=2.0**-23)
 
 
+@pytest.mark.slow
 def test_caches_scores_and_cross_caches_read_them():
     config = LAYERS["heads"]
     params = init_params(jax.random.key(1), config, X.shape)
@@ -140,6 +141,7 @@ def test_caches_scores_and_cross_caches_read_them():
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_beside_them_and_the_kernels_stay():
     config = LAYERS["shared keys, gate"]
     params = init_params(jax.random.key(1), config, X.shape)
@@ -163,6 +165,7 @@ def test_adapters_are_trained_beside_them_and_the_kernels_stay():
     assert abs(call(small, lora) - call(small, None)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_layers_take_them():
     config = LAYERS["heads"]
     layer = flax_mha.MultiHeadAttention.from_config(config, name=None)

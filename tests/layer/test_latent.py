@@ -250,6 +250,7 @@ def test_a_step_copies_no_values(monkeypatch):
     assert temporary(2) > whole + 0.7
 
 
+@pytest.mark.slow
 def test_ragged_prompts_jit_and_vmap():
     config, params, x = layer()
     lengths = np.array([6, 3])
@@ -309,6 +310,7 @@ def test_a_cross_cache_holds_latents():
     assert_close(jnp.concatenate([output, more], 1), whole, "float32")
 
 
+@pytest.mark.slow
 def test_removed_positions_reach_no_gradient():
     """NaN in padded queries and keys, with latents and without a cache."""
     config, params, x = layer("biased")
@@ -352,6 +354,7 @@ def test_scores_and_rows():
     assert found.value.shape == (B, T, N, V)
 
 
+@pytest.mark.slow
 def test_shapes_and_initial_values():
     config, _, x = layer("biased")
     shapes = jax.tree.map(lambda leaf: leaf.shape, param_shapes(config, x.shape))
@@ -398,6 +401,7 @@ def test_names_of_axes_and_specs():
     assert tuple(specs["latent"]["kernel"]) == (None, "fsdp")
 
 
+@pytest.mark.slow
 def test_modules_hold_the_same_tree():
     config, params, x = layer("biased")
     output = multi_head_attention(params, x, x, config=config)

@@ -137,6 +137,7 @@ def test_steps_with_a_score_are_one_pass(name, layer):
     assert abs(np.asarray(expected - plain)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_ring_that_goes_round_with_room_to_go_back():
     """Slots of the ring: 4 for the window and 3 more; each piece goes round a little further."""
     config, params = layer_of("ring")
@@ -198,6 +199,7 @@ def test_an_encoder_s_keys_stand_in_their_slots_and_queries_count_on(latent):
     assert_close(jnp.concatenate(outputs, 1), expected, "float32")
 
 
+@pytest.mark.slow
 def test_gradients_through_steps():
     config, params = layer_of("ring", score=ByDistance())
     mask = MASKS["documents"]()

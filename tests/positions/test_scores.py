@@ -176,6 +176,7 @@ def test_several_attended_axes_and_batch_axes():
     assert_close(attend(params, config, x), expected, "float32")
 
 
+@pytest.mark.slow
 def test_dropout_vmap_remat_and_a_mask_of_functions():
     config, params = layer_of(T5(), dropout=0.3)
     mask = Mask.function(lambda b, n, t, s: (s <= t) | (s == n))
@@ -235,6 +236,7 @@ def test_equal_configs_are_one_trace():
 # --- parameters ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_initial_values_are_what_the_score_says_by_name():
     config, _ = layer_of(Temperature())
     first, again = (init_params(jax.random.key(1), config, X.shape)["score"] for _ in range(2))

@@ -171,6 +171,7 @@ def test_wrong_rules_are_refused_when_the_module_is_made(rules, error, message):
         MultiHeadAttention(**SIZES, partition_rules=rules)
 
 
+@pytest.mark.slow
 def test_what_the_mesh_cannot_is_refused_at_init():
     layer = MultiHeadAttention(num_heads=6, key_dim=8, partition_rules={"N": "model"})
     narrow = X[..., :15]
@@ -190,6 +191,7 @@ def test_rules_are_asked_where_parameters_are_made_alone():
         assert_close(layer.apply(params, X, X), expected, "float32")
 
 
+@pytest.mark.slow
 def test_lifted_transformations_add_their_axis():
     class Layers(nn.Module):
         @nn.compact

@@ -149,6 +149,7 @@ def test_they_are_trained_on():
     assert loss(lora) < 0.9 * first
 
 
+@pytest.mark.slow
 def test_adapters_beside_int8():
     layer, wanted = adapted("plain", mode=ALONE)
     params = from_keras_layer(layer, adapters="apart")[1]

@@ -186,6 +186,7 @@ def emulated(params, x, rounds=True):
     return np.einsum("btnv,nve->bte", context, output["kernel"]) + output["bias"]
 
 
+@pytest.mark.slow
 def test_keras_s_int8_differs_by_its_rounding_of_inputs_alone():
     _, layer = quantized("plain", "int8")
     config, params = from_keras_layer(layer)
