@@ -10,6 +10,7 @@ from flax_mha.bench.accelerator import cli as accelerator
 from flax_mha.bench.aot import cli as aot
 from flax_mha.bench.cases import SETS, Case
 from flax_mha.bench.environment import describe, set_omp_wait
+from flax_mha.bench.parts import cli as parts
 from flax_mha.bench.peers import CONTENDERS, PEERS
 from flax_mha.bench.run import Settings, run
 
@@ -19,6 +20,7 @@ examples:
   python -m flax_mha.bench                       a look, in about a minute
   python -m flax_mha.bench --set readme          the README's sizes; the longest
   python -m flax_mha.bench --set crossover       what implementation=None should choose here
+  python -m flax_mha.bench --parts               where our own time goes; its own --help
   python -m flax_mha.bench --set accelerator     attention on a GPU or TPU; its own --help
   python -m flax_mha.bench aot -h                what a TPU's compiler says, without a TPU
   python -m flax_mha.bench --case '4x2048x768x12 FB causal' --contenders ours,keras
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "aot.json holds the figures"
     elif _set_of(words) == "accelerator":  # attention of arrays, with options of its own
         options, measure = accelerator.parser().parse_args(words), accelerator.run
+    elif "--parts" in words:
+        options, measure = parts.parser().parse_args(words), parts.run
+        kept = "parts.json holds the cases"
     else:
         options, measure = _parser().parse_args(words), _run
     try:

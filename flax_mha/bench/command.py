@@ -34,11 +34,16 @@ def add_contenders(parser: argparse.ArgumentParser, there: Iterable[str]) -> Non
 
 def add_cases(parser: argparse.ArgumentParser, contenders: Iterable[str], seconds: float) -> None:
     """The options of a benchmark that takes times: which cases, of whom, and for how long."""
-    parser.add_argument("--case", dest="cases", action="append", default=[], help="see below")
     add_contenders(parser, contenders)
-    told = f"of timing a case, shared by the contenders (default: {seconds:g})"
+    add_timing(parser, seconds)
+
+
+def add_timing(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """Which cases, and for how long."""
+    parser.add_argument("--case", dest="cases", action="append", default=[], help="see below")
+    told = f"of timing a case, shared by all that is timed (default: {seconds:g})"
     parser.add_argument("--seconds", type=float, default=seconds, metavar="N", help=told)
-    told = "for every contender, whatever the seconds"
+    told = "of each, whatever the seconds"
     parser.add_argument("--rounds", type=positive, metavar="N", help=told)
 
 

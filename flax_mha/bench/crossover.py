@@ -61,11 +61,11 @@ def _crossover(results: list[LayerResult]) -> Crossover:
         length = result.case.length
         times = {row.name: row.median for row in result.timed()}
         medians[length] = (times[PAIR[0]], times[PAIR[1]])
-        chosen[length] = _choice(result.case)
+        chosen[length] = choice(result.case)
     return Crossover(medians, chosen)
 
 
-def _choice(case: Case) -> str:
+def choice(case: Case) -> str:
     """What `implementation=None` runs, from `explain`."""
     shape = (case.batch, case.length, case.heads, case.head_size)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)

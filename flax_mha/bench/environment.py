@@ -81,7 +81,16 @@ def _load_average() -> list[float] | None:
 
 
 def _processor() -> str:
+    """Its name, and where the system tells which kind of it: many share a name."""
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = information.read_text() if information.exists() else ""
+    told: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        told.setdefault(name.strip(), value.strip())
+    name = told.get("model name") or platform.processor() or platform.machine()
+    kinds = [f"{word} {told[line]}" for line, word in _KINDS.items() if line in told]
+    return f"{name} ({' '.join(kinds)})" if kinds else name
+
+
+_KINDS = {"cpu family": "family", "model": "model"}

@@ -67,7 +67,7 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 def measure(pair: Pair, seconds: float, rounds: int | None = None) -> None:
     """Fills in the samples."""
-    build = {"layer": _layer, "attention": _attention}[pair.part]
+    build = {"layer": layer, "attention": attention}[pair.part]
     calls = {"above": build(pair.above), "below": build(pair.below)}
     samples = {"above": pair.above_samples, "below": pair.below_samples}
     estimates = {name: timing.estimate(call) for name, call in calls.items()}
@@ -78,11 +78,12 @@ def measure(pair: Pair, seconds: float, rounds: int | None = None) -> None:
         samples[name].append(value)
 
 
-def _layer(case: Case) -> timing.Call:
+def layer(case: Case) -> timing.Call:
+    """F or FB of our layer."""
     return timing.Call(builder(None)(case, make_data(case)).run)
 
 
-def _attention(case: Case) -> timing.Call:
+def attention(case: Case) -> timing.Call:
     """F or FB of the attention alone, of random queries, keys and values."""
     shape = (3, case.batch, case.length, case.heads, case.head_size)
     arrays = tuple(jax.random.normal(jax.random.key(0), shape))

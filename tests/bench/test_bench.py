@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from bench_helpers import SMALL, ours_but, run
 
-from flax_mha.bench import cli, peers, plots
+from flax_mha.bench import cli, environment, peers, plots
 from flax_mha.bench.command import BenchError
 
 pytestmark = [
@@ -163,3 +164,13 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BenchError, match=r"pip install 'flax_mha\[bench\]'"):
         plots.require_matplotlib()
+
+
+def test_the_processor_is_told_from_others_of_its_name(tmp_path, monkeypatch):
+    lines = ["model name : AMD EPYC", "cpu family : 25", "model : 1", "model name : AMD EPYC"]
+    (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(environment, "Path", lambda path: tmp_path / "cpuinfo")
+    assert environment.describe("", "")["processor"] == "AMD EPYC (family 25 model 1)"
+    (tmp_path / "cpuinfo").write_text("processor : 0\nBogoMIPS : 50.00\n")  # an Arm's
+    known = (platform.processor(), platform.machine())
+    assert environment.describe("", "")["processor"] in known
