@@ -156,14 +156,15 @@ def pytest_addoption(parser):
         default=1,
         metavar="N",
         help="of each function with 2 cases or more run one in N, chosen to be unlike each other,"
-        " and of a file's other functions every second; from the last on where N is negative",
+        " and of a file's other functions every second, from N = 15 on one in N / 5; others of both"
+        " where N is negative",
     )
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if (n := config.getoption("thin")) != 1:
         told = f"--thin={n}: of each function with 2 cases or more one in {abs(n)} ran, and of the"
-        told += " others of a file every second"
+        told += f" others of a file one in {max(2, abs(n) // 5)}"
         terminalreporter.write_line(told)
     if (count := config.stash.get(LEFT, 0)) and "not slow" not in config.getoption("markexpr"):
         told = f"{count} slow cases of large tables did not run: with EVERY_ROW=1 they do"
@@ -205,8 +206,10 @@ def left_out(items, n):
     """What `--thin` leaves out."""
     thinned = [cases for cases in tables(items, is_fast) if file_of(cases[0]) not in WHOLE]
     others = [] if n == 1 else singles(items, is_fast)
-    halves = {case for cases in others for case in cases[n > 0 :: 2]}
-    return halves | {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
+    step = max(2, abs(n) // 5)
+    kept = {case for cases in others for case in cases[n < 0 :: step]}
+    out = {case for cases in others for case in cases} - kept
+    return out | {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
 
 
 def rare(items):
