@@ -207,9 +207,8 @@ def left_out(items, n):
     thinned = [cases for cases in tables(items, is_fast) if file_of(cases[0]) not in WHOLE]
     others = [] if n == 1 else singles(items, is_fast)
     step = max(2, abs(n) // 5)
-    kept = {case for cases in others for case in cases[n < 0 :: step]}
-    out = {case for cases in others for case in cases} - kept
-    return out | {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
+    fewer = {case for cases in others for i, case in enumerate(cases) if i % step != (n < 0)}
+    return fewer | {case for cases in thinned for case in set(cases) - set(unlike(cases, n))}
 
 
 def rare(items):

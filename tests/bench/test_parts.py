@@ -112,3 +112,12 @@ def test_there_is_nobody_to_compare_with(words, capsys):
         cli.main(["--parts", *words])
     assert exit.value.code == 2
     assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    words = ["--parts", "--case", "1x128x32x2 F", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    told = capsys.readouterr()
+    assert "error: cannot write the run's files" in told.err
+    assert "query . key" not in told.out

@@ -4,13 +4,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from flax_mha.bench import command, report
 from flax_mha.bench.cases import Case
 from flax_mha.bench.environment import describe, set_omp_wait
-from flax_mha.bench.parts.measure import measure
+from flax_mha.bench.parts.measure import Found, measure
 from flax_mha.bench.parts.report import print_case
 from flax_mha.bench.tables import say
 
@@ -24,15 +25,20 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Measures and prints; the numbers' rightness is the other sets' business."""
     cases = tuple(map(Case.parse, options.cases)) or CASES
     environment = describe(command.line(words), set_omp_wait(None))
-    console, found = Console(), []
+    console, found = Console(), list[Found]()
     report.print_head(console, environment)
+    _save(options.out, environment, found)
     for case in cases:
         found.append(measure(case, options.seconds, options.rounds))
         print_case(console, found[-1])
-        told = {"environment": environment, "cases": [one.to_dict() for one in found]}
-        command.write(json.dumps(told, indent=1), options.out / "parts.json")
+        _save(options.out, environment, found)
     say(console, f"Files: {options.out}/")
     return 0
+
+
+def _save(directory: Path, environment: dict[str, Any], found: list[Found]) -> None:
+    told = {"environment": environment, "cases": [one.to_dict() for one in found]}
+    command.write(json.dumps(told, indent=1), directory / "parts.json")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """Times the parts, the attention and the layer of one case in the same rounds."""
 
 import dataclasses
-import statistics
 from typing import Any
 
 from flax_mha.bench import extras, pairs, timing
@@ -9,6 +8,8 @@ from flax_mha.bench.cases import Case
 from flax_mha.bench.crossover import choice
 from flax_mha.bench.parts import projections, tiles
 from flax_mha.bench.parts.part import Part
+from flax_mha.bench.results import Row
+from flax_mha.bench.rows import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,6 @@ def _attention_of(case: Case) -> tuple[str, list[Part]]:
 
 
 def _medians(calls: dict[str, timing.Call], seconds: float, rounds: int | None) -> dict[str, float]:
-    estimates = {name: timing.estimate(call) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name, value in timing.interleave(calls, timing.make_plans(estimates, seconds, rounds)):
-        samples[name].append(value)
-    return {name: statistics.median(values) for name, values in samples.items()}
+    rows = {name: Row(name, "ours") for name in calls}
+    fill(rows, calls, seconds, rounds)
+    return {name: row.median for name, row in rows.items()}
