@@ -5,9 +5,9 @@ that mean the same there as here. Memory O(T + S); with padding, a dense mask or
 Derivatives: the first one, in reverse. Batch and heads may stand on a mesh, lengths may not. Under
 `vmap` jax refuses some masks and biases of fewer examples or heads than the query has.
 
-No GPU has run it in this project's tests. They show what is refused, what jax is given, the
-numbers of the same call by jax's own XLA path, and that jax checks it, differentiates it and lowers
-it for CUDA. `python -m pytest tests/accelerators` runs the kernel where there is one.
+The tests on a CPU show what is refused, what jax is given, the numbers of the same call by jax's
+own XLA path, and that jax checks it, differentiates it and lowers it for CUDA. `python -m pytest
+tests/accelerators` runs the kernel where there is one; it did so on an H200, with jax 0.11.2.
 """
 
 from collections.abc import Iterator

@@ -106,7 +106,8 @@ def is_refused(name, arrays, call):
         return False
     told = {key: x for key, x in arrays.items() if key in ("query", "key", "value")}
     answer = explain(**told, **call)[name]
-    if answer.startswith("ok"):
+    empty = 0 in (*told["query"].shape[:3], told["key"].shape[1])
+    if answer.startswith("ok") or (empty and name == "pallas_tpu"):  # no program: zeros anywhere
         return False
     assert name not in SERVE_ALL, answer
     with pytest.raises(NotImplementedError, match=name):
