@@ -108,15 +108,15 @@ def sizes_of(T, S, *, block_sizes=None, place=CPU, **call):
 
 
 def test_a_tile_on_cpu_is_large_enough_for_two_cores_and_small_enough_for_the_cache():
-    assert sizes_of(4096, 4096) == (1, 1, 1024, 1024)
-    assert sizes_of(4096, 4096, mask=Mask.causal()) == (1, 4, 512, 512)
+    assert sizes_of(4096, 4096) == (1, 1, 512, 1024)
+    assert sizes_of(4096, 4096, mask=Mask.causal()) == (1, 2, 512, 512)
     assert sizes_of(4096, 4096, mask=Mask.window(255, 255)) == (1, 8, 256, 256)
     assert sizes_of(4096, 4096, mask=Mask.window(99, 0)) == (1, 8, 128, 128)
-    assert sizes_of(4096, 4096, mask=Mask.window(None, 0)) == (1, 4, 512, 512)
-    assert sizes_of(512, 512, B=8) == (1, 4, 512, 512)
+    assert sizes_of(4096, 4096, mask=Mask.window(None, 0)) == (1, 2, 512, 512)
+    assert sizes_of(512, 512, B=8) == (1, 2, 512, 512)
     assert sizes_of(128, 128, B=32) == (4, 8, 128, 128)
     assert sizes_of(64, 64, B=64) == (8, 8, 64, 64)
-    assert sizes_of(4096, 4096, K=1) == (1, 1, 128, 1024)  # 8 heads share a key: 1024 rows
+    assert sizes_of(4096, 4096, K=1) == (1, 1, 64, 1024)  # 8 heads share a key: 512 rows
     assert sizes_of(300, 1100, B=7, N=5) == (1, 5, 304, 552)
     assert sizes_of(8, 8, B=7, N=5, block_sizes=(4, 4)) == (7, 5, 4, 4)
 

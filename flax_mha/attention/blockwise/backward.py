@@ -31,10 +31,11 @@ from flax_mha.attention.blockwise.call import (
     value_tile,
 )
 from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.lanes import begin, of_lane, put_lane, queries_apart
 from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
 from flax_mha.attention.blockwise.order import order_of
 from flax_mha.attention.blockwise.pair_tiles import add_moving
-from flax_mha.attention.blockwise.tiles import Tile, add_at, begin, scores_place
+from flax_mha.attention.blockwise.tiles import Tile, add_at, scores_place
 from flax_mha.attention.distance import unskew
 from flax_mha.attention.logits import scales
 from flax_mha.core.dtypes import wide_dtype
@@ -49,7 +50,7 @@ class Saved(NamedTuple):
     """
 
     row_max_BNT: Array  # inf where nothing may be attended: e^(logits - inf) is 0
-    share_BNT: Array  # 1 / row_sum
+    share_BNT: Array | None  # 1 / row_sum; None where delta and d_context were multiplied by it
     delta_BNT: Array
     d_context_BTNV: Array
 
@@ -96,16 +97,23 @@ def backward(
     """The gradients of query, key, value and biases, of those of context and row_sum."""
     tiling, saved = plan.tiling, _saved(blocks, softmax, *cotangents)
 
-    def step(index: Array, gradients: Gradients) -> Gradients:
-        at = begin(tiling, index, tiling.key_blocks)
-        return _key_block(plan, blocks, saved, at, gradients)
+    def lane(index: Array, gradients: Gradients) -> Gradients:
+        corner = begin(tiling, index)
+        own = queries_apart(tiling, blocks, corner)
+        cut = lambda x_BTNF: of_lane(tiling, x_BTNF, own.queries_from)  # noqa: E731
+        own_saved = saved._replace(d_context_BTNV=cut(saved.d_context_BTNV))
+        sums = gradients._replace(d_query_BTNH=cut(gradients.d_query_BTNH))
+        step = lambda j, sums: _key_block(plan, own, own_saved, (*corner, j), sums)  # noqa: E731
+        sums = every(tiling.key_blocks, step, sums)
+        whole = (gradients.d_query_BTNH, sums.d_query_BTNH, own.queries_from)
+        return sums._replace(d_query_BTNH=put_lane(tiling, *whole))
 
     wide = wide_dtype(blocks.query_BTNH.dtype)
     values = None if blocks.distance_bias is None else blocks.distance_bias.values
     terms = Terms(blocks.bias_bnts, values, {} if blocks.score is None else blocks.score.moving)
     like = Gradients(blocks.query_BTNH, blocks.key_BSKH, blocks.value_BSKV, terms)
     start = jax.tree.map(lambda x: full(blocks.query_BTNH, x.shape, 0, wide), like)
-    return every(tiling.lanes * tiling.key_blocks, step, start)
+    return every(tiling.lanes, lane, start)
 
 
 def _saved(blocks: Blocks, softmax: Softmax, d_context: Array, d_row_sum: Array) -> Saved:
@@ -113,7 +121,11 @@ def _saved(blocks: Blocks, softmax: Softmax, d_context: Array, d_row_sum: Array)
     nowhere = row_sum == 0
     row_max, share = jnp.where(nowhere, jnp.inf, row_max), 1 / jnp.where(nowhere, 1, row_sum)
     delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
-    return Saved(row_max, share, delta, d_context.astype(blocks.query_BTNH.dtype))
+    dtype = blocks.query_BTNH.dtype
+    if dtype != wide_dtype(dtype):  # in float16 a small d_context times a small share is 0
+        return Saved(row_max, share, delta, d_context.astype(dtype))
+    # Once a query and not once a pair: XLA's CPU makes one more array of a tile's weights for it.
+    return Saved(row_max, None, delta * share, d_context * share.swapaxes(1, 2)[..., None])
 
 
 def _key_block(
@@ -171,17 +183,18 @@ def _tile_gradients(
     tiling, order = plan.tiling, order_of(plan.tiling)
     drop = tile_dropper(plan, blocks, tile, order)
     query_bkrh = scaled_queries(plan, blocks, tile)
-    d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile)
-    rows = (saved.row_max_BNT, saved.share_BNT, saved.delta_BNT)
-    row_max, share, delta = (order.along_rows(of_rows(tiling, x, tile)) for x in rows)
+    d_context_bkrv = of_queries(tiling, saved.d_context_BTNV, tile.within(blocks.queries_from))
+    along = lambda x_BNT: order.along_rows(of_rows(tiling, x_BNT, tile))  # noqa: E731
 
     terms = tile_terms(plan, blocks, tile)
     logits_rs, slope_rs, pull = tile_logits(
         plan, blocks, query_bkrh, key_bksh, terms, tile, masked, order
     )
-    weights_rs = jnp.exp(logits_rs - row_max) * share
+    weights_rs = jnp.exp(logits_rs - along(saved.row_max_BNT))
+    if saved.share_BNT is not None:
+        weights_rs *= along(saved.share_BNT)
     d_weights_rs = drop(product(plan, order.d_weights, d_context_bkrv, value_bksv))
-    d_logits_rs = weights_rs * (d_weights_rs - delta)
+    d_logits_rs = weights_rs * (d_weights_rs - along(saved.delta_BNT))
     d_score: dict[str, Array] = {}
     if pull is not None:
         d_logits_rs, d_score = pull(d_logits_rs)
@@ -190,8 +203,8 @@ def _tile_gradients(
     kept_rs = drop(weights_rs).astype(value_bksv.dtype)
     has_bias = blocks.bias_bnts is not None or blocks.distance_bias is not None
     return TileGradients(
-        product(plan, order.d_key, query_bkrh, d_product_rs),
-        product(plan, order.d_value, d_context_bkrv, kept_rs),
+        product(plan, order.d_key, order.of_gathered(query_bkrh), d_product_rs),
+        product(plan, order.d_value, order.of_gathered(d_context_bkrv), kept_rs),
         product(plan, order.d_query, d_product_rs, key_bksh) * plan.options.scale,
         order.of_rows_and_keys(d_logits_rs) if has_bias else None,
         d_score,
@@ -199,11 +212,12 @@ def _tile_gradients(
 
 
 def _add(plan: Plan, blocks: Blocks, sums: Sums, tile: Tile, added: TileGradients) -> Sums:
-    d_query_bkrh = of_queries(plan.tiling, sums.d_query_BTNH, tile) + added.d_query_bkrh
+    here = tile.within(blocks.queries_from)
+    d_query_bkrh = of_queries(plan.tiling, sums.d_query_BTNH, here) + added.d_query_bkrh
     return Sums(
         sums.d_key + added.d_key,
         sums.d_value + added.d_value,
-        put_queries(plan.tiling, sums.d_query_BTNH, d_query_bkrh, tile),
+        put_queries(plan.tiling, sums.d_query_BTNH, d_query_bkrh, here),
         _add_terms(plan, blocks, sums.d_terms, tile, added),
     )
 

@@ -20,6 +20,7 @@ from flax_mha.attention.blockwise.pair_tiles import (
     scored,
 )
 from flax_mha.attention.blockwise.tiles import (
+    Corner,
     Tile,
     Tiling,
     allowed,
@@ -66,6 +67,8 @@ class Blocks:
     score: Separated | None = None
     needed_bnQJ: Array | None = None  # the tiles in which functions leave anything
     scales: Scales | None = None  # of keys and values that are int8
+    queries_from: Corner | None = None  # where queries begin, of a lane that stands apart
+    keys_from: Corner | None = None  # where keys, values and their scales do
 
 
 def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
@@ -77,7 +80,8 @@ def of_queries(tiling: Tiling, x_BTNF: Array, tile: Tile) -> Array:
 
 def scaled_queries(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
     """The tile's queries, times the query's part of the scale."""
-    return scaled(plan, of_queries(plan.tiling, blocks.query_BTNH, tile))
+    here = tile.within(blocks.queries_from)
+    return scaled(plan, of_queries(plan.tiling, blocks.query_BTNH, here))
 
 
 def scaled(plan: Plan, query_bkrh: Array) -> Array:
@@ -113,10 +117,11 @@ def value_tile(plan: Plan, blocks: Blocks, tile: Tile) -> Array:
 def _as_queries(
     plan: Plan, blocks: Blocks, x_BSKF: Array, scale_BSK: Array | None, tile: Tile
 ) -> Array:
-    x_bksF = of_keys(plan.tiling, x_BSKF, tile)
+    here = tile.within(blocks.keys_from)
+    x_bksF = of_keys(plan.tiling, x_BSKF, here)
     if scale_BSK is None:
         return x_bksF
-    scale_bks1 = of_keys(plan.tiling, scale_BSK[..., None], tile)
+    scale_bks1 = of_keys(plan.tiling, scale_BSK[..., None], here)
     return (x_bksF.astype(scale_bks1.dtype) * scale_bks1).astype(blocks.query_BTNH.dtype)
 
 

@@ -27,9 +27,10 @@ from flax_mha.attention.blockwise.call import (
     tile_terms,
     value_tile,
 )
+from flax_mha.attention.blockwise.lanes import begin, keys_apart
 from flax_mha.attention.blockwise.loops import every, key_loop, where_needed
 from flax_mha.attention.blockwise.order import order_of
-from flax_mha.attention.blockwise.tiles import Tile, begin, slice_at
+from flax_mha.attention.blockwise.tiles import Tile, slice_at
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.typing import Array
 from flax_mha.core.varying import full
@@ -68,13 +69,17 @@ def forward(plan: Plan, blocks: Blocks) -> Softmax:
     B, T, N, _ = blocks.query_BTNH.shape
     values = _values(plan, blocks)
 
-    def step(index: Array, softmax: Softmax) -> Softmax:
-        at = begin(tiling, index, tiling.query_blocks)
-        return _query_block(plan, blocks, values, at, softmax)
+    def lane(index: Array, softmax: Softmax) -> Softmax:
+        corner = begin(tiling, index)
+        own = keys_apart(tiling, blocks, corner)
+        step = lambda i, softmax: _query_block(  # noqa: E731
+            plan, own, values, (*corner, i), softmax
+        )
+        return every(tiling.query_blocks, step, softmax)
 
     zeros = lambda *shape: full(blocks.query_BTNH, shape, 0, wide)  # noqa: E731
     start = Softmax(zeros(B, T, N, values.V), zeros(B, N, T), zeros(B, N, T))
-    return every(tiling.lanes * tiling.query_blocks, step, start)
+    return every(tiling.lanes, lane, start)
 
 
 def _values(plan: Plan, blocks: Blocks) -> Values:

@@ -21,6 +21,7 @@ product again (estimates 5,183): that schedule is longer, 2,894.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from flax_mha.attention.blockwise.tiles import Tiling, by_rows
@@ -38,6 +39,13 @@ class Order:
     d_key: str  # query, d_product
     d_value: str  # d_context, weights
     over_keys: int
+    turns_queries: bool = False
+
+    def of_gathered(self, x_bkrF: Array) -> Array:
+        """Queries or d_context, as `d_key` and `d_value` take them."""
+        if not self.turns_queries:
+            return x_bkrF
+        return jax.lax.optimization_barrier(x_bkrF.swapaxes(2, 3))  # XLA would fold it away
 
     def along_rows(self, x_bkr: Array) -> Array:
         """One number a row, beside all of its keys."""
@@ -83,6 +91,10 @@ KEYS_LAST = Order(
     d_value="bkrv,bkrs->bkvs",
     over_keys=3,
 )
+# Of long rows the queries are turned first: then a product reads both operands along their rows.
+QUERIES_TURNED = dataclasses.replace(
+    KEYS_LAST, d_key="bkhr,bkrs->bkhs", d_value="bkvr,bkrs->bkvs", turns_queries=True
+)
 QUERIES_LAST = Order(
     logits="bkrh,bksh->bksr",
     sum="bksr,bkvs->bkvr",
@@ -96,4 +108,6 @@ QUERIES_LAST = Order(
 
 def order_of(tiling: Tiling) -> Order:
     """The order that a tiling was made for."""
-    return QUERIES_LAST if tiling.queries_last else KEYS_LAST
+    if tiling.queries_last:
+        return QUERIES_LAST
+    return QUERIES_TURNED if tiling.turns_queries else KEYS_LAST

@@ -1,8 +1,9 @@
 """How large the tiles of the blockwise implementation are, and the measurements behind it.
 
 On CPU a step is a handful of products that two cores share. A tile must be large enough to be worth
-handing half of it over, and small enough to stay in the cache: 1.5 x 2^20 numbers. Milliseconds of
-forward / forward and backward, 8 heads of 64, the least of many, two cores, jax 0.10:
+handing half of it over, and small enough to stay in the cache: 1.5 x 2^20 numbers, or half of that
+where a head alone has 2^18 logits. Milliseconds of forward / forward and backward, 8 heads of 64,
+the least of many, two cores of a Zen 5, jax 0.10:
 
     B=8 T=512                 b k t s = 1 1 512 512     21 / 58      1 4 512 512      16 / 55
                                         1 8 512 512     18 / 65
@@ -12,6 +13,13 @@ forward / forward and backward, 8 heads of 64, the least of many, two cores, jax
     B=1 T=4096 causal                   1 1 1024 1024  106 / 330     1 4 512 512     104 / 314
     B=1 T=8192 window 256     512 512 97 / 339     256 256  73 / 257     128 128      71 / 254
       the same, causal        512 512 68 / 254     256 256  49 / 182     128 128      45 / 172
+
+Two cores of a Zen 3, whose second caches hold 512 KiB each: medians over those of 1 1 1024 1024,
+and causal of 1 4 512 512, T=2048, forward / forward and backward, jax 0.10.2:
+
+    b k t s = 1 1 512 1024  0.96 / 0.91    1 1 512 512  0.98 / 0.89    1 2 512 512  1.13 / 0.92
+    causal    1 2 512 512   0.86 / 0.84    1 1 512 512  0.85 / 0.84    1 2 512 256  0.97 / 0.97
+    T=4096    1 1 512 1024  0.93 / 0.82    causal 1 2 512 512  0.83 / 0.88
 
 A causal order or a window cuts through the tiles on its edges, whose other half is computed for
 nothing: their blocks are smaller.
@@ -78,10 +86,12 @@ LARGEST_BLOCK = 1024
 LARGEST_BANDED_BLOCK = 512
 SMALLEST_BANDED_BLOCK = 128
 LARGEST_ASKED_BLOCK = 256  # documents of 256 in 4,096: 0.3 of the time of 512; all pairs: 1.3
+LARGE_TILE = 1 << 18  # logits of a head; from here on half as many heads make a tile
 NUMBERS_A_GPU_TILE = 48 << 20
 GPU_BLOCKS = 512, 2048  # the smallest and the largest
 GPU_BANDED_BLOCKS = 256, 1024  # those where half the band's width is no more
 FEWEST_QUERIES = 64
+FEWEST_TURNED = 512
 LANES = 128  # of a vector on a TPU
 
 
@@ -90,8 +100,10 @@ def tiling_of(inputs: Any, block_sizes: tuple[int, int] | None, place: Place) ->
     (B, T, N, _), (_, S, K, _) = inputs.query_BTNH.shape, inputs.key_BSKH.shape
     t, s = block_sizes or _block_sizes(inputs, place)
     b, k = _examples_and_heads(inputs, N // K * t, s, place)
-    turned = _is_tpu(place) and N // K * t >= LANES  # fewer queries would leave lanes empty
-    return Tiling(B=B, K=K, T=T, S=S, b=b, k=k, t=t, s=s, G=N // K, queries_last=turned)
+    G, r = N // K, N // K * t
+    last = _is_tpu(place) and r >= LANES  # fewer queries would leave lanes empty
+    turns = place.cpu and r >= FEWEST_TURNED
+    return Tiling(B, K, T, S, b, k, t, s, G, queries_last=last, turns_queries=turns)
 
 
 def _block_sizes(inputs: Any, place: Place) -> tuple[int, int]:
@@ -121,8 +133,9 @@ def _largest_blocks(left: int | None, right: int | None, place: Place) -> tuple[
         return block, block
     if _is_tpu(place):
         return LARGEST_BANDED_BLOCK, LARGEST_BLOCK
-    block = LARGEST_BLOCK if (left, right) == (None, None) else LARGEST_BANDED_BLOCK
-    return block, block
+    if (left, right) != (None, None):
+        return LARGEST_BANDED_BLOCK, LARGEST_BANDED_BLOCK
+    return LARGEST_BLOCK if place.is_shared else LARGEST_BANDED_BLOCK, LARGEST_BLOCK
 
 
 def _gpu_block(inputs: Any, place: Place) -> int:
@@ -186,6 +199,8 @@ def _examples_and_heads(inputs: Any, r: int, s: int, place: Place) -> tuple[int,
     b, k = B, K
     if place.platform in NUMBERS_A_TILE and not place.is_shared:
         room = NUMBERS_A_TILE[place.platform] // _numbers(r, s, H, V)
+        if place.cpu and r * s >= LARGE_TILE:
+            room = max(1, room // 2)
         k = _divisor(K, room)
         b = _divisor(B, room // K) if k == K and is_known(B) else 1
     return (1 if _has_own_distances(inputs) else b), k

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import jax
 
+from flax_mha.attention.blockwise.lanes import begin
 from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
 from flax_mha.attention.blockwise.parts import Here, Part
 from flax_mha.attention.blockwise.signature import Signature
-from flax_mha.attention.blockwise.tiles import Tile, begin
+from flax_mha.attention.blockwise.tiles import Tile
 from flax_mha.core.dtypes import wide_dtype
 from flax_mha.core.platform import Place
 from flax_mha.core.program import Program
@@ -116,15 +117,19 @@ class TileSum(Program):
             added = where_needed(plan, blocks, tile, compute, nothing)
             return [p.add(here, x, one) for p, x, one in zip(self.outputs, sums, added)]
 
-        def key_block(index: Array, sums: list[Array]) -> list[Array]:
-            b, k, j = begin(tiling, index, tiling.key_blocks)
-            step = lambda masked, i, sums: add(  # noqa: E731
-                Tile(b, k, i * tiling.t, j * tiling.s), masked, sums
-            )
-            return query_loop(plan, blocks, (b, k, j), step, sums)
+        def lane(index: Array, sums: list[Array]) -> list[Array]:
+            corner = begin(tiling, index)
+
+            def key_block(j: Array, sums: list[Array]) -> list[Array]:
+                step = lambda masked, i, sums: add(  # noqa: E731
+                    Tile(*corner, i * tiling.t, j * tiling.s), masked, sums
+                )
+                return query_loop(plan, blocks, (*corner, j), step, sums)
+
+            return every(tiling.key_blocks, key_block, sums)
 
         zeros = [full(blocks.query_BTNH, p.filled(tiling), 0, wide) for p in self.outputs]
-        sums = every(tiling.lanes * tiling.key_blocks, key_block, zeros)
+        sums = every(tiling.lanes, lane, zeros)
         return [p.trim(x).astype(p.dtype) for p, x in zip(self.outputs, sums)]
 
 

@@ -27,6 +27,7 @@ class Tiling:
         S: keys, s a tile.
         G: query heads a key/value head.
         queries_last: whether a tile's arrays are turned, see `order`.
+        turns_queries: whether its queries are, for the gradients of its keys and values.
     """
 
     B: int
@@ -39,6 +40,7 @@ class Tiling:
     s: int
     G: int
     queries_last: bool = False
+    turns_queries: bool = False
 
     @property
     def query_blocks(self) -> int:
@@ -64,6 +66,13 @@ class Tiling:
         return not is_known(self.S) or self.S % self.s > 0
 
 
+class Corner(NamedTuple):
+    """Where a lane begins: its first example and key/value head."""
+
+    b: Any
+    k: Any
+
+
 class Tile(NamedTuple):
     """Where a tile begins: its first example, key/value head, query and key."""
 
@@ -72,6 +81,12 @@ class Tile(NamedTuple):
     t: Any
     s: Any
 
+    def within(self, corner: Corner | None) -> "Tile":
+        """The same tile, of arrays that begin at a corner; None = with all examples and heads."""
+        if corner is None:
+            return self
+        return Tile(self.b - corner.b, self.k - corner.k, self.t, self.s)
+
 
 class Span(NamedTuple):
     """The blocks start <= block < stop; `masked` = their tiles must be masked entry by entry."""
@@ -79,14 +94,6 @@ class Span(NamedTuple):
     start: Any
     stop: Any
     masked: bool
-
-
-def begin(tiling: Tiling, index: Array, blocks: int) -> tuple[Array, Array, Array]:
-    """(first example, first key/value head, block) of one step among all lanes' blocks."""
-    lane, block = lax.div(index, as_index(blocks)), lax.rem(index, as_index(blocks))
-    heads = np.int32(tiling.K // tiling.k)
-    first = lax.div(lane, heads) * as_index(tiling.b)
-    return first, lax.rem(lane, heads) * tiling.k, block
 
 
 def key_spans(tiling: Tiling, mask: Mask, b: Array, i: Array, masked: bool = False) -> list[Span]:
