@@ -88,6 +88,25 @@ def test_each_part_is_what_its_name_says():
     assert kept.mean() == pytest.approx(0.8, abs=0.02)
 
 
+def test_long_rows_are_turned_before_the_products_that_want_them_so():
+    """The same gradients of keys and values."""
+    case = Case.parse("1x1024x64x2 FB")
+    tiling, visits = tiles.plan_of(case)
+    parts = {one.name: one for one in attention_parts(case)}
+    turned = parts["queries turned"]
+    assert (tiling.turns_queries, turned.times) == (True, 2 * visits.tiles)
+    random = np.random.default_rng(0)
+    query, weights = (
+        random.normal(size=shape).astype("float32")
+        for shape in (turned.shapes[0], parts["d_query"].shapes[0])
+    )
+    for name in ("d_key", "d_value"):
+        operands = turned.function(query), weights
+        assert tuple(x.shape for x in operands) == parts[name].shapes
+        found, expected = parts[name].function(*operands), query.swapaxes(2, 3) @ weights
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_run_prints_tables_and_leaves_its_file(tmp_path, capsys):
     out = tmp_path / "out"
     cases = ["1x128x32x2 FB causal dropout=0.1", "2x16x32x2 F"]

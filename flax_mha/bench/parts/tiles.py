@@ -36,7 +36,7 @@ def plan_of(case: Case) -> tuple[Tiling, Visits]:
     Example:
         >>> tiling, visits = plan_of(Case(1, 2048, 512, 8, causal=True))
         >>> tiling.t, tiling.s, tiling.k, visits
-        (512, 512, 4, Visits(tiles=20, masked=8))
+        (512, 512, 2, Visits(tiles=40, masked=16))
     """
     mask = Mask.causal() if case.causal else Mask()
     if case.window is not None:
@@ -65,7 +65,7 @@ def parts_of(case: Case, tiling: Tiling, visits: Visits) -> Iterator[Part]:
     order, bk = order_of(tiling), (tiling.b, tiling.k)
     rows, keys = (*bk, tiling.r, case.head_size), (*bk, tiling.s, case.head_size)
     tile = jax.eval_shape(_einsum(order.logits), *map(_floats, (rows, keys))).shape
-    row = (*bk, tiling.r)
+    row, gathered = (*bk, tiling.r), jax.eval_shape(order.of_gathered, _floats(rows)).shape
     numbers, flops = int(np.prod(tile)), 2 * int(np.prod(tile)) * case.head_size
 
     def product(name: str, equation: str, *shapes: Any) -> Part:
@@ -81,7 +81,7 @@ def parts_of(case: Case, tiling: Tiling, visits: Visits) -> Iterator[Part]:
 
     def d_softmax(logits_rs: Array, d_weights_rs: Array, row_bkr: Array) -> tuple[Array, Array]:
         row = order.along_rows(row_bkr)
-        weights_rs = jnp.exp(logits_rs - row) * row
+        weights_rs = jnp.exp(logits_rs - row)
         return weights_rs, weights_rs * (d_weights_rs - row)
 
     def masked(logits_rs: Array) -> Array:
@@ -107,8 +107,11 @@ def parts_of(case: Case, tiling: Tiling, visits: Visits) -> Iterator[Part]:
         yield product("query . key, again", order.logits, rows, keys)
         yield product("d_context . value", order.d_weights, rows, keys)
         yield apass("exp, d_logits", d_softmax, tile, tile, row)
-        yield product("d_key", order.d_key, rows, tile)
-        yield product("d_value", order.d_value, rows, tile)
+        if order.turns_queries:
+            times, read = 2 * visits.tiles, int(np.prod(rows))  # of queries and of d_context
+            yield Part("queries turned", order.of_gathered, (rows,), times, numbers=read)
+        yield product("d_key", order.d_key, gathered, tile)
+        yield product("d_value", order.d_value, gathered, tile)
         yield product("d_query", order.d_query, tile, keys)
 
 
