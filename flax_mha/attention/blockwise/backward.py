@@ -6,6 +6,8 @@
     d_query = scale d_product . key    d_key = d_product^T . scale query
     d_value = drop(weights)^T . d_context
 
+float32 and wider: 1 / row_sum stands in d_context and delta instead of in the weights.
+
 In `order`'s axes, by its equations.
 """
 

@@ -91,7 +91,7 @@ NUMBERS_A_GPU_TILE = 48 << 20
 GPU_BLOCKS = 512, 2048  # the smallest and the largest
 GPU_BANDED_BLOCKS = 256, 1024  # those where half the band's width is no more
 FEWEST_QUERIES = 64
-FEWEST_TURNED = 512
+FEWEST_TURNED = 512  # rows: 0.81 of the time from there on, of 128 rows 1.1
 LANES = 128  # of a vector on a TPU
 
 
