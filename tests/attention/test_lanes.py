@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import normal, x64
 from kernel_cases import arrays_of, assert_beside, distances
 
 from flax_mha import (
@@ -68,6 +68,33 @@ def test_context_and_gradients(name):
 def test_bfloat16():
     arrays = arrays_of(T, S, dtype="bfloat16")
     assert_beside(arrays, "blockwise", is_causal=True, block_sizes=BLOCKS)
+
+
+@pytest.mark.usefixtures("one_head_a_lane")
+def test_float64_in_x64():
+    """Where an index might have 64 bits and the other 32."""
+    with x64():
+        arrays = {name: x.astype("float64") for name, x in arrays_of(T, S).items()}
+        loss = lambda arrays, **how: jnp.sin(dot_product_attention(**arrays, **how)).sum()
+        found = jax.grad(loss)(arrays, implementation="blockwise", block_sizes=BLOCKS)
+        expected = jax.grad(loss)(arrays, implementation="reference")
+        for name, x in expected.items():
+            np.testing.assert_allclose(found[name], x, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_head_a_lane")
+def test_vmap_over_queries_alone():
+    arrays = arrays_of(T, S)
+    queries = jnp.stack([arrays["query"], -2 * arrays["query"]])
+    rest = (arrays["key"], arrays["value"])
+
+    def gradients(implementation, blocks=None):
+        call = dict(implementation=implementation, block_sizes=blocks, is_causal=True)
+        loss = lambda *qkv: jnp.sin(dot_product_attention(*qkv, **call)).sum()
+        return jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None))(queries, *rest)
+
+    for found, expected in zip(gradients("blockwise", BLOCKS), gradients("reference")):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.usefixtures("one_head_a_lane")
