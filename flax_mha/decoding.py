@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks
@@ -91,10 +92,11 @@ def init_cache(
     slack = checks.integer("slack", slack, minimum=0)
     slots = window + slack if window is not None and is_ring else slots
     check_order(checks.boolean("is_causal", is_causal), config)
-    batch = (batch_shape,) if hasattr(batch_shape, "__index__") else tuple(batch_shape)
-    batch = tuple(checks.integer("batch_shape", size, minimum=0) for size in batch)
+    is_one = hasattr(batch_shape, "__index__") and not checks.is_array(batch_shape)
+    batch = checks.sizes("batch_shape", (batch_shape,) if is_one else batch_shape)
     as_int8 = _is_int8(dtype)
-    name = "int8" if as_int8 else dtype or config.dtype or config.param_dtype
+    given = [x for x in (dtype, config.dtype, config.param_dtype) if x is not None]
+    name = "int8" if as_int8 else given[0]
     if not as_int8:
         checks.x64_enabled("dtype", checks.floating_dtype("dtype", name))
     _, K, H, V = config.cache_dims
@@ -114,7 +116,8 @@ def init_cache(
 def _is_int8(dtype: Any) -> bool:
     """Whether it names int8; what names no dtype at all is refused elsewhere."""
     try:
-        return dtype is not None and jnp.dtype(dtype) == jnp.int8
+        one = isinstance(dtype, str | np.dtype | type) or hasattr(dtype, "dtype")
+        return one and not checks.is_array(dtype) and bool(jnp.dtype(dtype) == jnp.int8)
     except TypeError:
         return False
 
@@ -173,6 +176,8 @@ def init_cross_cache(
     check_limit(max_queries, config)
     check_no_chunks(config)
     check_no_grid(config)
+    if key is not None:
+        checks.floating_array("key", key, "[B, S, C]")
     key = value if key is None else key
     check_source(config, (None, value, key))
     adapters = checked_lora(LoraCall(lora, lora_scale))

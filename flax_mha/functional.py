@@ -110,7 +110,7 @@ def multi_head_attention(
     are expanded before they are combined, and never inverted by a cast; (3) causal and window masks
     follow the attended axes; (4) NaN at padded positions goes nowhere. The README has the table.
 
-    Guides: `python -m flax_mha guide masks`, and so on: dropout, devices, errors.
+    Guides: `python -m flax_mha guide masks`, and so on: dropout, devices, errors, trust.
 
     Reference: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
 

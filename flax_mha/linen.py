@@ -12,8 +12,8 @@ from flax_mha.functional import forward, results
 from flax_mha.layer.arguments import Restrictions, check_arrays
 from flax_mha.layer.caches import CrossCache, KVCache, register_state
 from flax_mha.masks import Mask
-from flax_mha.params import param_shapes
 from flax_mha.params.quantized import has_quantized
+from flax_mha.params.tree import check_params, param_shapes
 from flax_mha.sharding.initial import Boxes, init_boxed, rules_of_a_field
 from flax_mha.training.adapters import lora_of
 from flax_mha.training.sown import sow
@@ -142,12 +142,12 @@ class MultiHeadAttention(nn.Module):
         return results(activations, with_scores)
 
     def _params(self, config: MultiHeadAttentionConfig, *arrays: Any) -> Any:
-        if arrays[1] is None:  # a cross cache holds what came of value and key
-            return nn.meta.unbox(self.variables.get("params", {}))
-        check_arrays(arrays)
         held = nn.meta.unbox(self.variables.get("params", {}))
-        if has_quantized(held):
-            return held  # no initializer makes it, and its shapes are checked by the call
+        if arrays[1] is None or has_quantized(held):  # a cross cache's, or of no initializer
+            return held
+        check_arrays(arrays)
+        if held and not self.is_mutable_collection("params"):  # Flax's own check names no leaf
+            check_params(held, config, *(array.shape for array in arrays))
         shapes: ParamsLike = param_shapes(config, *(array.shape for array in arrays))
         rules = self.partition_rules if self.is_mutable_collection("params") else None
         return {n: self.param(n, init_boxed, n, shapes[n], config, rules, BOXES) for n in shapes}

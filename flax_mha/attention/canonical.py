@@ -89,11 +89,11 @@ def canonical(
         dropout_start_4=start_4 if drops else None,
     )
     options = Options(
-        scale=1 / math.sqrt(H) if scale is None else float(scale),
-        soft_cap=None if soft_cap is None else checks.positive("soft_cap", soft_cap),
+        scale=1 / math.sqrt(H) if scale is None else checks.finite("scale", scale),
+        soft_cap=None if soft_cap is None else checks.soft_cap("soft_cap", soft_cap),
         dropout_rate=rate if drops else 0.0,
         broadcast_dropout=checks.boolean("broadcast_dropout", broadcast_dropout) and drops,
-        precision=precision,
+        precision=checks.precision("precision", precision),
         block_sizes=None if block_sizes is None else checks.block_sizes(block_sizes),
         return_weights=checks.boolean("return_weights", return_weights),
         return_residuals=checks.boolean("return_residuals", return_residuals),
@@ -122,9 +122,21 @@ def _mask(mask: Any, is_causal: bool, window: Any, groups: tuple[Shape, ...]) ->
     if checks.boolean("is_causal", is_causal):
         mask &= Mask.causal(mask.query_offset)
     if window is not None:
-        sides = (window, window) if hasattr(window, "__index__") else window
-        mask &= dataclasses.replace(Mask.window(*sides), query_offset=mask.query_offset)
+        mask &= dataclasses.replace(_window(window), query_offset=mask.query_offset)
     return mask
+
+
+def _window(window: Any) -> Mask:
+    """Keys left and right of a query, as many on both sides or a pair; None = all of a side."""
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    if len(sides) != 2:
+        rule = "`local_window_size` must be an int, or a pair (left, right)."
+        checks.fail(ValueError, rule, f"local_window_size={window!r}")
+    try:
+        return Mask.window(*sides)
+    except (TypeError, ValueError) as error:  # it names a side
+        refusal = TypeError if isinstance(error, TypeError) else ValueError
+        raise refusal(f"`local_window_size`: {error}") from None
 
 
 def _bias(bias: Array) -> Array:

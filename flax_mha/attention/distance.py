@@ -74,6 +74,8 @@ class DistanceBias:
         if self.values.ndim != 2 or self.values.shape[0] != N or self.values.shape[1] == 0:
             rule = f"`distance_bias.values` must be [N, L] with N = {N} and L > 0."
             checks.fail(ValueError, rule, f"shape {self.values.shape}")
+        if self.query_offset is not None:
+            checks.integer_ids("distance_bias.query_offset", self.query_offset)
         if self.query_offset is not None and jnp.size(self.query_offset) not in (1, B):
             rule = f"`distance_bias.query_offset` must be [B] = ({B},)."
             checks.fail(ValueError, rule, f"shape {jnp.shape(self.query_offset)}")

@@ -151,7 +151,8 @@ class MultiHeadAttentionConfig:
         N, K = self.dims[:2]
         if N % K:
             rule = "`num_heads` (N) must be a multiple of `num_kv_heads` (K)."
-            remedy = f"Choose `num_kv_heads` among {[k for k in range(1, N + 1) if N % k == 0]}."
+            some = [k for k in range(1, min(N, 1024) + 1) if N % k == 0]
+            remedy = f"Choose `num_kv_heads` among {some}."
             checks.fail(ValueError, rule, f"num_heads={N}, num_kv_heads={K}", remedy)
         check_window(self)
         check_chunks(self)
@@ -226,7 +227,12 @@ class MultiHeadAttentionConfig:
         Raises:
             ValueError: an unknown field, with the valid ones; otherwise as the constructor.
         """
+        checks.mapping("fields", fields)
         checks.known_names("A field of MultiHeadAttentionConfig", fields, field_names())
+        lacking = [name for name in ("num_heads", "key_dim") if name not in fields]
+        if lacking:
+            rule = f"`fields` must hold `{lacking[0]}`."
+            checks.fail(ValueError, rule, f"{sorted(fields)}")
         return cls(**fields)
 
     @classmethod
@@ -239,6 +245,7 @@ class MultiHeadAttentionConfig:
         Raises:
             ValueError: a field that this package does not have; otherwise as the constructor.
         """
+        checks.mapping("config", config)
         fields = {name: value for name, value in config.items() if name not in _KERAS_ONLY}
         dtypes = policy_dtypes(fields.pop("dtype", None))
         return cls.from_dict({**fields, **dtypes})

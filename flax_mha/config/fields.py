@@ -38,10 +38,15 @@ def _optional(check: Any) -> Any:
 
 def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
     """Keras: an int or an iterable of ints; None, 0 and () mean the query's own size."""
-    entries = (value,) if hasattr(value, "__index__") else value
-    if value is None or entries in ((), [], (0,)):
+    entries = (value,) if hasattr(value, "__index__") and not checks.is_array(value) else value
+    if isinstance(value, np.integer):
+        entries = (int(value),)
+    is_one = isinstance(entries, str | bytes | Mapping) or not hasattr(entries, "__iter__")
+    if value is None or (
+        not is_one and not checks.is_array(entries) and tuple(entries) in ((), (0,))
+    ):
         return None
-    if isinstance(entries, str) or not hasattr(entries, "__iter__"):
+    if is_one or checks.is_array(entries):
         rule = f"`{name}` must be an int or a tuple of ints."
         checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
     return tuple(_size(name, entry) for entry in entries)
@@ -54,7 +59,7 @@ def _window(name: str, value: Any) -> int | Neighborhood:
     if isinstance(value, Mapping):
         return Neighborhood.from_dict(value)
     if isinstance(value, tuple | list):
-        return Neighborhood(tuple(value))
+        return Neighborhood(tuple(_size(name, size) for size in value))
     if not hasattr(value, "__index__"):
         rule = f"`{name}` must be an int, a tuple of one for each attended axis, or a Neighborhood."
         checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
@@ -81,14 +86,21 @@ def canonical_biases(use_bias: Any, projections: tuple[str, ...]) -> bool | tupl
 
 
 def _identifier(kind: Kind) -> Any:
-    return lambda name, value: resolve(kind, value)
+    def check(name: str, value: Any) -> Any:
+        try:
+            return resolve(kind, value)
+        except (TypeError, ValueError) as error:  # it speaks of a kind, of which there are two
+            refusal = TypeError if isinstance(error, TypeError) else ValueError
+            raise refusal(f"`{name}`: {error}") from None
+
+    return check
 
 
 def _precision(name: str, value: Any) -> Any:
     """One precision for every product, in the one spelling that hashes alike."""
     try:
         return jax.lax.Precision(value)
-    except ValueError:
+    except (TypeError, ValueError):  # of what has no hash, too
         valid = [precision.name.lower() for precision in jax.lax.Precision]
         checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
 
@@ -123,7 +135,7 @@ FIELD_CHECKS: dict[str, Any] = {
     "value_norm": resolve_norm,
     "clip_qkv": _optional(checks.positive),
     "scale": _optional(checks.positive),
-    "soft_cap": _optional(checks.positive),
+    "soft_cap": _optional(checks.soft_cap),
     "score": resolve_score,
     "use_sinks": checks.boolean,
     "dtype": _optional(checks.floating_dtype),

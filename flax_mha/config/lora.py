@@ -57,10 +57,8 @@ class Lora:
 
 def names_of(name: str, which: Any) -> tuple[str, ...]:
     """Names of projections, each once; which there are is the layer's to say."""
-    rule = f"`{name}` must be names of projections."
-    if isinstance(which, str):
-        checks.fail(TypeError, rule, repr(which), f"Write `({which!r},)`.")
-    names = tuple(dict.fromkeys(which))
-    if not names or not all(isinstance(x, str) for x in names):
+    names = tuple(dict.fromkeys(checks.names(name, which)))
+    if not names:
+        rule = f"`{name}` must be names of projections."
         checks.fail(ValueError, rule, f"{names}", 'For example `("query", "value")`.')
     return names

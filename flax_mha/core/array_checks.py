@@ -1,5 +1,6 @@
 """What the arrays of a call may hold: numbers of the right kind, masks, ids, rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -42,9 +43,22 @@ def _to_floats(name: str, dtype: Any) -> str:
 
 def floating_params(params: Any, owner: str = "params") -> None:
     """Every array of the tree is floating; one look at each dtype, for this runs at every call."""
-    for dtype in {getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(params)}:
+    try:
+        leaves = jax.tree.leaves(params)
+    except ValueError:  # names that cannot be sorted
+        _names_are_strings(params, owner)
+        raise
+    for dtype in {getattr(leaf, "dtype", None) for leaf in leaves}:
         if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
             _not_floating(params, dtype, owner)
+
+
+def _names_are_strings(tree: Any, where: str) -> None:
+    for name, leaves in tree.items() if isinstance(tree, Mapping) else ():
+        if not isinstance(name, str):
+            evidence = f"{name!r} of type {type(name).__name__}"
+            fail(TypeError, f"`{where}` must hold arrays by their names.", evidence)
+        _names_are_strings(leaves, f"{where}[{name!r}]")
 
 
 def _not_floating(params: Any, dtype: Any, owner: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from flax_mha.core.array_checks import is_array
 from flax_mha.core.errors import fail
 
 LINEN, NNX = "flax.linen", "flax.nnx"
@@ -86,17 +87,23 @@ def one_name_an_axis(value: Any, where: str, letters: str, rank: int) -> None:
         fail(ValueError, rule, f"{tuple(named)}", remedy)
 
 
-def refuse(tree: Any, where: str) -> None:
+def refuse(tree: Any, where: str, depth: int = 2) -> None:
     """Refuses a tree of parameters with what is no array, where they are read: by name.
 
-    That is a box, or a quantized kernel, of which a call alone knows what it stands for.
+    That is a list, None, a box, or a quantized kernel, of which a call alone knows what it is.
     """
     if hasattr(tree, "qvalue") or (isinstance(tree, Mapping) and set(tree) == {"value", "scale"}):
         remedy = "Pass `flax_mha.dequantize_params(params)`."
         fail(TypeError, f"{where} must be an array.", "a quantized kernel", remedy)
-    if isinstance(tree, Mapping):
+    if isinstance(tree, Mapping) and depth:
         for name, value in tree.items():
-            refuse(value, f"{where}[{name!r}]")
+            if not isinstance(name, str):
+                rule = f"`{where}` must hold arrays by their names."
+                fail(TypeError, rule, f"{name!r} of type {type(name).__name__}")
+            refuse(value, f"{where}[{name!r}]", depth - 1)
     elif kind(tree) is not None:
         remedy = "Pass `nn.meta.unbox(params)`; `nn` is flax.linen."
         fail(TypeError, f"{where} must be an array.", f"a box, {type(tree).__name__}", remedy)
+    elif not is_array(tree):
+        remedy = "Pass `jnp.asarray(...)` of it."
+        fail(TypeError, f"{where} must be an array.", f"{type(tree).__name__}", remedy)

@@ -1,16 +1,15 @@
 """Every error that a user can meet: the rule in axis letters, what was received, what to do."""
 
 import difflib
+import functools
 import inspect
-import math
-import numbers
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from flax_mha.core.array_checks import boolean_mask as boolean_mask
 from flax_mha.core.array_checks import fits as fits
@@ -23,25 +22,18 @@ from flax_mha.core.array_checks import positions as positions
 from flax_mha.core.array_checks import rows_within as rows_within
 from flax_mha.core.array_checks import token_positions as token_positions
 from flax_mha.core.errors import fail as fail
+from flax_mha.core.numbers import as_float as as_float
+from flax_mha.core.numbers import finite as finite
+from flax_mha.core.numbers import integer as integer
+from flax_mha.core.numbers import positive as positive
+from flax_mha.core.numbers import rate as rate
+from flax_mha.core.numbers import rate_below_one as rate_below_one
+from flax_mha.core.numbers import shortened as shortened
 from flax_mha.core.typing import DType, Shape
 
 MODULE_FLAGS = ("return_attention_scores", "training", "use_causal_mask")
 
 # --- plain values -------------------------------------------------------------------------------
-
-
-def integer(name: str, value: Any, *, minimum: int | None = None) -> int:
-    """`value` as an int. NumPy integers pass; booleans do not: `True` heads is a mistake."""
-    kind = {None: "an integer", 0: "a non-negative integer", 1: "a positive integer"}[minimum]
-    rule = f"`{name}` must be {kind}."
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        whole = isinstance(value, float) and value.is_integer()
-        remedy = f"Pass {int(value)}: `/` gives a float, `//` an int." if whole else ""
-        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}", remedy)
-    number = operator.index(value)
-    if minimum is not None and number < minimum:
-        fail(ValueError, rule, f"{name}={value!r}")
-    return number
 
 
 def boolean(name: str, value: Any, places: str = "") -> bool:
@@ -69,30 +61,16 @@ def module_flags(call: Callable[..., Any], *values: Any) -> tuple[bool, ...]:
     return tuple(boolean(name, value, places) for name, value in zip(MODULE_FLAGS, values))
 
 
-def rate(name: str, value: Any) -> float:
-    rule = f"`{name}` must be a probability in [0, 1]."
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
-        fail(ValueError, rule, f"{name}={value!r}")
-    return float(value)
+def soft_cap(name: str, value: Any) -> float:
+    """A cap by which float32 can divide, and which it can multiply by.
 
-
-def rate_below_one(name: str, value: Any) -> float:
-    """A rate after which what is kept can grow by 1 / (1 - rate)."""
-    if (found := rate(name, value)) == 1.0:
-        fail(ValueError, f"`{name}` must be below 1: nothing would be left.", f"{name}={value!r}")
-    return found
-
-
-def positive(name: str, value: Any) -> float:
-    """A finite number above 0, as a Python float: it is static."""
-    rule = f"`{name}` must be a finite number > 0."
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
-    if not 0 < float(value) < math.inf:
-        fail(ValueError, rule, f"{name}={value!r}")
-    return float(value)
+    Beyond 1e30 logits / cap, of logits that matter, is what XLA's CPU takes for 0; a cap beyond
+    float32 is inf, and one below it 0, which makes NaN of every logit.
+    """
+    if not 1e-30 <= (cap := positive(name, value)) <= 1e30:
+        rule = f"`{name}` must be a number between 1e-30 and 1e30."
+        fail(ValueError, rule, f"{name}={value!r}", "None = no cap.")
+    return cap
 
 
 def instance(name: str, value: Any, cls: type) -> None:
@@ -100,9 +78,47 @@ def instance(name: str, value: Any, cls: type) -> None:
         fail(TypeError, f"`{name}` must be a {cls.__name__}.", f"{type(value).__name__}")
 
 
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """A shape: a sequence of sizes, each 0 or more."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        rule = f"`{name}` must be a shape, a tuple of ints."
+        remedy = f"Pass `{name.removesuffix('_shape')}.shape`." if is_array(value) else ""
+        fail(TypeError, rule, f"{name} of type {type(value).__name__}", remedy)
+    return tuple(integer(name, size, minimum=0) for size in value)
+
+
+def known_sizes(**named: Any) -> None:
+    """Each is a size, or a symbol of `jax.export`."""
+    for name, size in named.items():
+        if not export.is_symbolic_dim(size):
+            integer(name, size, minimum=0)
+
+
+def mapping(name: str, value: Any) -> None:
+    """A dict, or what is read as one; its keys are names."""
+    rule = f"`{name}` must be a mapping from names."
+    if not isinstance(value, Mapping):
+        fail(TypeError, rule, f"{type(value).__name__}")
+    if others := [key for key in value if not isinstance(key, str)]:
+        fail(TypeError, rule, f"the key {others[0]!r} of type {type(others[0]).__name__}")
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Several names; one string is no collection of its letters."""
+    rule = f"`{name}` must be a list of names."
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or is_array(value):
+        remedy = f"Write `({value!r},)`." if isinstance(value, str) else ""
+        fail(TypeError, rule, f"{name} of type {type(value).__name__}", remedy)
+    given = tuple(value)
+    if others := [x for x in given if not isinstance(x, str)]:
+        fail(TypeError, rule, f"{others[0]!r} of type {type(others[0]).__name__}")
+    return given
+
+
 def one_of(name: str, value: Any, valid: Iterable[Any]) -> Any:
     valid = tuple(valid)
-    if value not in valid:
+    is_name = isinstance(value, str) or not is_array(value)  # NumPy's strings are both
+    if not is_name or value not in valid:
         fail(ValueError, f"`{name}` must be one of {list(valid)}.", f"{name}={value!r}")
     return value
 
@@ -119,6 +135,9 @@ def known_names(what: str, names: Iterable[str], valid: Iterable[str]) -> None:
 def floating_dtype(name: str, value: DType) -> str:
     """The name of a floating dtype; float64 is refused where JAX would make it float32."""
     rule = f"`{name}` must be a floating-point dtype such as 'float32' or 'bfloat16'."
+    if not isinstance(value, str | np.dtype | type) and not hasattr(value, "__jax_dtype__"):
+        # NumPy makes one dtype of a tuple of two, and of what holds one
+        fail(TypeError, rule, f"{name}={value!r}")
     try:
         dtype = jnp.dtype(value)
     except TypeError:
@@ -136,11 +155,25 @@ def x64_enabled(name: str, dtype: DType) -> None:
         fail(ValueError, rule, "jax_enable_x64=False", remedy)
 
 
+def precision(name: str, value: Any) -> Any:
+    """A name of `jax.lax.Precision`, a pair of them, or what JAX calls an algorithm; as given."""
+    algorithms = tuple(vars(jax.lax)[x] for x in ("DotAlgorithm", "DotAlgorithmPreset"))
+    if value is None or isinstance(value, algorithms):
+        return value
+    try:
+        for one in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+            jax.lax.Precision(one)
+    except (TypeError, ValueError):
+        valid = [precision.name.lower() for precision in jax.lax.Precision]
+        fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
+    return value
+
+
 def axes(name: str, value: Any) -> tuple[int, ...]:
     """An int or a sequence of different ints, as a tuple in the order given."""
     entries = (value,) if hasattr(value, "__index__") else value
     rule = f"`{name}` must be an int or a non-empty sequence of different ints."
-    if isinstance(entries, str) or not isinstance(entries, Sequence):
+    if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
         fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
     result = tuple(integer(name, entry) for entry in entries)
     if not result or len(set(result)) != len(result):
@@ -176,6 +209,17 @@ def prng_key(name: str, value: Any) -> None:
     if len(value.shape) != (0 if typed else 1):
         remedy = "For a batch of keys, `jax.vmap` over the call."
         fail(ValueError, rule, f"{name} of shape {tuple(value.shape)}", remedy)
+    words = None if typed else _words(getattr(jax.config, "jax_default_prng_impl"))  # noqa: B009
+    if words is not None and value.shape[0] != words:
+        rule = f"{rule[:-1]}; a raw one has {words} words."
+        fail(ValueError, rule, f"{name} of shape {tuple(value.shape)}", remedy)
+
+
+@functools.cache
+def _words(implementation: str) -> int:
+    """How many numbers a raw key has."""
+    make = lambda: jax.random.key_data(jax.random.key(0, impl=implementation))  # noqa: E731
+    return jax.eval_shape(make).shape[0]
 
 
 def no_dropout_stream(rate: float, remedy: str) -> NoReturn:

@@ -52,9 +52,9 @@ def number(low: float = -math.inf, high: float = math.inf, positive: bool = Fals
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             evidence = f"{value!r} of type {type(value).__name__}"
             checks.fail(TypeError, f"`{name}` must be {kind}.", evidence, "Pass a Python float.")
-        result = float(value)
+        result = checks.as_float(value)
         if not (math.isfinite(result) and low <= result <= high) or (positive and result == 0):
-            checks.fail(ValueError, f"`{name}` must be {kind}.", repr(value))
+            checks.fail(ValueError, f"`{name}` must be {kind}.", checks.shortened(value))
         return result
 
     return rule

@@ -62,7 +62,7 @@ def largest(dtype: DType) -> float:
 def small_dtype(name: str, dtype: Any) -> str:
     """The name of a dtype that numbers can be quantized to."""
     try:
-        known = jnp.dtype(dtype).name
+        known = repr(dtype) if isinstance(dtype, tuple) else jnp.dtype(dtype).name
     except TypeError:
         known = repr(dtype)
     return checks.one_of(name, known, DTYPES)

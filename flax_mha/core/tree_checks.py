@@ -48,7 +48,10 @@ def initial_values(values: Any, struct: Any) -> None:
         checks.fail(TypeError, rule, what, remedy)
 
 
-def _same_names(where: str, received: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _same_names(where: str, received: Any, expected: Mapping[str, Any]) -> None:
+    if not isinstance(received, Mapping):
+        rule = f"`{where}` must be a mapping with {sorted(expected)}."
+        checks.fail(TypeError, rule, f"{type(received).__name__}")
     if set(received) != set(expected):
         remedy = (
             "`use_bias`, `use_gate`, `latent` of the config and the parameters must agree; a whole "
@@ -57,7 +60,7 @@ def _same_names(where: str, received: Mapping[str, Any], expected: Mapping[str, 
         if "params" in received:
             remedy = "Pass `variables['params']`."
         rule = f"`{where}` must hold {sorted(expected)}."
-        checks.fail(ValueError, rule, f"{sorted(received)}", remedy)
+        checks.fail(ValueError, rule, f"{sorted(map(str, received))}", remedy)
 
 
 def _remedy(name: str, leaf: str, params: Any, expected: Any) -> str:

@@ -10,8 +10,9 @@ def at_least(least: int) -> Callable[[str], int]:
     """A whole number from `least` on."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text!r}")
+        if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**31:
+            rule = f"must be a whole number >= {least} and below 2**31"
+            raise argparse.ArgumentTypeError(f"{rule}, not {text[:20]!r}")
         return int(text)
 
     return number

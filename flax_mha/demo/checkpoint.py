@@ -11,8 +11,11 @@ restore an array with a flipped bit.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,42 @@ def save(directory: Path, step: int, state: Any) -> None:
     """Writes a pytree of arrays; the two newest checkpoints are kept.
 
     All processes of a run must call it: each writes its part, the first one all else.
+
+    Raises:
+        OSError: the disk does not take it; the checkpoints before it stay.
     """
     target = directory / str(step)
     if _list_file(target).exists():
         return
     if is_first():
         _clear_unlisted(directory)
-    with contextlib.closing(_checkpointer()) as checkpointer:
-        checkpointer.save(target.absolute(), state)
-        checkpointer.wait_until_finished()
+    try:
+        with _told_once(), contextlib.closing(_checkpointer()) as checkpointer:
+            checkpointer.save(target.absolute(), state)
+            checkpointer.wait_until_finished()
+    except ValueError as error:  # how tensorstore says that the disk is full
+        raise OSError(" ".join(str(error).split())) from error
     if is_first():
         _enlist(directory, target, state)
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """An error that is raised is not printed as well by orbax's threads, some of them later."""
+    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if _is_late(what.exc_value) else before(what)
+    yield  # where this raises, all of it stays, for threads that have not ended yet
+    sys.unraisablehook = before
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def _is_late(error: BaseException | None) -> bool:
+    """Of a write that ended after the save that it is a part of had failed."""
+    return isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
 
 def _enlist(directory: Path, target: Path, state: Any) -> None:
@@ -95,7 +123,7 @@ def _list_file(checkpoint: Path) -> Path:
 
 def _check(checkpoint: Path, like: Any) -> None:
     """Before orbax reads: it does not see all damage, and leaves reads behind where it fails."""
-    listed = json.loads(_list_file(checkpoint).read_text())
+    listed = _read_list(checkpoint)
     if listed["arrays"] != _arrays(like):
         rule = f"the checkpoint {checkpoint} does not fit the run's settings"
         raise DemoError(f"{rule}: they describe other parameters. Was settings.json edited?")
@@ -105,8 +133,23 @@ def _check(checkpoint: Path, like: Any) -> None:
     )
     if differing:
         evidence = f"{len(differing)} of its files are not as they were saved, as {differing[0]}"
-        remedy = f"Delete {_list_file(checkpoint)} to go back to the checkpoint before it"
-        raise DemoError(f"the checkpoint {checkpoint} is damaged: {evidence}. {remedy}.")
+        raise _damaged(checkpoint, evidence)
+
+
+def _read_list(checkpoint: Path) -> dict[str, dict[str, str]]:
+    try:
+        listed = json.loads(_list_file(checkpoint).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(checkpoint, f"its list is not valid JSON: {error}") from error
+    keys = ("arrays", "sha256")
+    if not isinstance(listed, dict) or not all(isinstance(listed.get(k), dict) for k in keys):
+        raise _damaged(checkpoint, "its list does not hold arrays and sha256")
+    return listed
+
+
+def _damaged(checkpoint: Path, evidence: str) -> DemoError:
+    remedy = f"Delete {_list_file(checkpoint)} to go back to the checkpoint before it"
+    return DemoError(f"the checkpoint {checkpoint} is damaged: {evidence}. {remedy}.")
 
 
 def _arrays(tree: Any) -> dict[str, str]:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answered(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     try:
         return command(options)
-    except DemoError as error:
+    except (DemoError, OSError) as error:  # of the user's, or of the user's disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -54,7 +54,7 @@ def _watched(options: argparse.Namespace) -> int:
     place = _place(options)
 
     def how_to_go_on() -> str:
-        from flax_mha.demo.run import after_a_loss
+        from flax_mha.demo.directory import after_a_loss
 
         return after_a_loss(_run_path(options), place)
 

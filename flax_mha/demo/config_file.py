@@ -25,7 +25,8 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DemoError(f"cannot read the settings: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    # TOMLDecodeError, and what Python says of ints of thousands of digits and of deep arrays.
+    except (ValueError, RecursionError) as error:
         raise DemoError(f"{path} is not valid TOML: {error}") from error
     for text in overrides:
         _apply(tables, text)
@@ -63,7 +64,7 @@ def parse_value(text: str) -> Any:
     """A TOML value; a bare word, which TOML has not, is a string."""
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return table["value"] if len(table) == 1 else text
 
@@ -117,6 +118,9 @@ def _in_range(
     above: float | None = None,
     below: float = math.inf,
 ) -> None:
+    if isinstance(value, int) and value >= 2**31:  # a seed and a count alike are 32 bits
+        shown = value if value < 2**64 else f"an int of {value.bit_length()} bits"
+        raise DemoError(f"{name} must be below 2**31. Received: {shown}.")
     least = (1 if isinstance(value, int) else 0) if least is None else least
     # Negated, so that NaN is refused too.
     if not value >= least or value == math.inf:

@@ -10,6 +10,7 @@
 The files are written as the run goes on, so that a run that was killed has lost little.
 """
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -19,13 +20,15 @@ from typing import Any
 
 from flax_mha.demo import checkpoint
 from flax_mha.demo.config_file import settings_from
+from flax_mha.demo.processes import Place
 from flax_mha.demo.settings import DemoError, Settings
 
 _COMMAND = "python -m flax_mha.demo"
-# What --overwrite removes: other files in the directory are not the run's.
+# What --overwrite removes: other files in the directory are not the run's. The settings say that
+# there is one: they go last, for without them what is left of a removal that was killed stays.
 _OURS = (
-    *("settings.json", "metrics.jsonl", "sample.txt", "loss.png"),
-    *("attention.html", "attention.png", "attention-*.png", "params.msgpack"),
+    *("metrics.jsonl", "sample.txt", "loss.png"),
+    *("attention.html", "attention.png", "attention-*.png", "params.msgpack", "settings.json"),
 )
 
 
@@ -122,20 +125,42 @@ class RunDirectory:
         except OSError as error:
             remedy = f"Train one: {_COMMAND} train configs/digits.toml"
             raise DemoError(f"{self.path} is not a run: no settings.json. {remedy}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DemoError(f"{self.settings_file} is not valid JSON: {error}") from error
+        if not isinstance(tables, dict):
+            raise DemoError(f"{self.settings_file} holds no settings. Received: {tables!r}.")
         if "task" not in tables:
             rule = f"{self.path} is a run of an older version: its settings name no task"
             raise DemoError(f"{rule}. Train it again with `train CONFIG --overwrite`.")
         return settings_from(tables)
 
     def _clear(self) -> None:
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)
         for path in self.adapters.glob("*/adapter.json"):
             shutil.rmtree(path.parent)
         for pattern in _OURS:
             for path in self.path.glob(pattern):
                 path.unlink()
+
+
+def how_to_resume(directory: RunDirectory, place: Place | None) -> str:
+    """The command; of many processes, this one's."""
+    return directory.resume_command + ("" if place is None else f" {place.options}")
+
+
+def after_a_loss(path: Path, place: Place) -> str:
+    """What a process says when another one, or its own work, was lost."""
+    directory = RunDirectory(path)
+    if directory.last_step is None:
+        return "Nothing was saved yet: start all processes again, by the same commands"
+    command = how_to_resume(directory, place)
+    elsewhere = f"{directory.resume_command} --set mesh.data=N"
+    step = f"from step {directory.last_step} on"
+    return (
+        f"Start all processes again, {step}, each with its number: {command}\n"
+        f"or go on on other devices: {elsewhere}"
+    )
 
 
 class Records:
@@ -145,11 +170,24 @@ class Records:
     """
 
     def __init__(self, run: RunDirectory, writes: bool = True) -> None:
-        """Reads what is there; a last line that was cut off does not count."""
+        """Reads what is there; a last line that was cut off does not count.
+
+        Raises:
+            DemoError: another line is damaged.
+        """
         self._writes = writes
         self._path = run.path / "metrics.jsonl"
-        text = self._path.read_text() if self._path.exists() else ""
-        self.rows = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        text = self._path.read_bytes() if self._path.exists() else b""
+        whole = (line for line in text.splitlines(True) if line.endswith(b"\n"))
+        self.rows = [self._row(*numbered) for numbered in enumerate(whole, 1)]
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "event" in row:
+                return row
+        rule = f"line {number} of {self._path} is damaged: it holds no record"
+        raise DemoError(f"{rule}. Delete the line to go on without it.")
 
     def go_back(self, step: int) -> None:
         """Forgets what came after a step, for it is about to come again."""

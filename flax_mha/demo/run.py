@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from flax_mha.demo import checkpoint, plots, train
 from flax_mha.demo.config_file import with_mesh
-from flax_mha.demo.directory import Records, RunDirectory
+from flax_mha.demo.directory import Records, RunDirectory, how_to_resume
 from flax_mha.demo.extras import require
 from flax_mha.demo.mesh import check_mesh, gathered, layout, make_mesh
 from flax_mha.demo.pictures import write_maps
@@ -71,8 +71,12 @@ def start(
     if is_first():
         directory.begin(settings, overwrite)
     run = Run(task, directory, Records(directory, is_first()), screen, mesh, place)
-    run.records.add("start", first_batch_sha256=fingerprint)
-    _go_on(run, lambda: (train.initial_state(task), 0), pictures)
+
+    def begin() -> tuple[train.State, int]:
+        run.records.add("start", first_batch_sha256=fingerprint)
+        return train.initial_state(task), 0
+
+    _go_on(run, begin, pictures)
 
 
 def resume(
@@ -102,30 +106,15 @@ def resume(
     like = train.abstract_state(task, mesh)
     state = checkpoint.restore(directory.checkpoints, step, like, layout(mesh, task, like))
     run = Run(task, directory, Records(directory, is_first()), screen, mesh, place)
-    run.records.go_back(step)
-    if is_first() and overrides:
-        directory.write_settings(settings)
-    screen.say(f"Resuming after step {step} of {total}.")
-    _go_on(run, lambda: (state, step), pictures)
 
+    def begin() -> tuple[train.State, int]:
+        run.records.go_back(step)
+        if is_first() and overrides:
+            directory.write_settings(settings)
+        screen.say(f"Resuming after step {step} of {total}.")
+        return state, step
 
-def how_to_resume(directory: RunDirectory, place: Place | None) -> str:
-    """The command; of many processes, this one's."""
-    return directory.resume_command + ("" if place is None else f" {place.options}")
-
-
-def after_a_loss(path: Path, place: Place) -> str:
-    """What a process says when another one, or its own work, was lost."""
-    directory = RunDirectory(path)
-    if directory.last_step is None:
-        return "Nothing was saved yet: start all processes again, by the same commands"
-    command = how_to_resume(directory, place)
-    elsewhere = f"{directory.resume_command} --set mesh.data=N"
-    step = f"from step {directory.last_step} on"
-    return (
-        f"Start all processes again, {step}, each with its number: {command}\n"
-        f"or go on on other devices: {elsewhere}"
-    )
+    _go_on(run, begin, pictures)
 
 
 def inspect(path: Path, text: str | None, *, pictures: bool = True) -> None:
@@ -206,6 +195,8 @@ def _go_on(run: Run, begin: Callable[[], tuple[train.State, int]], pictures: boo
         _finish(run, state, pictures)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(run)) from None
+    except OSError as error:
+        raise DemoError(f"cannot write the run's files: {error}; {_how_to_go_on(run)}") from error
     seconds = time.perf_counter() - started
     run.screen.say(f"\n{seconds:.0f} seconds in all. Files: {run.directory.path}/")
 

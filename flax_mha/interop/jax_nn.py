@@ -73,6 +73,9 @@ def dot_product_attention(
         (2, 5, 3, 8)
     """
     _known(implementation)
+    for name, x in {"query": query, "key": key, "value": value, "bias": bias}.items():
+        if x is not None or name != "bias":
+            checks.floating_array(name, x, "[B, T, N, H]" if name == "query" else "of its axes")
     axes = jnp.shape(query)
     query_BTNH = _with_batch("query", query, "[B, T, N, H]")
     key_BSKH = _with_batch("key", key, "[B, S, K, H]")
@@ -104,7 +107,11 @@ def dot_product_attention(
 
 def _known(implementation: str | None) -> None:
     """A name of jax.nn's that is not one of ours is refused: it would run something else."""
-    if implementation in REMEDIES and implementation not in attention.IMPLEMENTATIONS:
+    if (
+        isinstance(implementation, str)
+        and implementation in REMEDIES
+        and implementation not in attention.IMPLEMENTATIONS
+    ):
         rule = "jax.nn's implementations are not run here."
         ours = list(attention.IMPLEMENTATIONS)
         remedy = f"Pass None or one of {ours}. {REMEDIES[implementation]}"
@@ -120,19 +127,24 @@ def _with_batch(name: str, x: Any, letters: str) -> Array:
 
 
 def _mask(mask: Any) -> Mask:
-    return mask if isinstance(mask, Mask) else Mask.dense(mask)
+    if isinstance(mask, Mask):
+        return mask
+    return Mask.dense(checks.boolean_mask("mask", mask))
 
 
 def _real(name: str, lengths: Any, B: int, size: int) -> Array | None:
     """Booleans `[B, size]`, True before the example's length."""
     if lengths is None:
         return None
-    if checks.is_array(lengths):
-        checks.fits(name, lengths)
-    lengths_B = jnp.asarray(lengths)
-    if lengths_B.shape != (B,) or not jnp.issubdtype(lengths_B.dtype, jnp.integer):
-        evidence = f"shape {lengths_B.shape} and dtype {lengths_B.dtype}"
+    if not checks.is_array(lengths):
+        rule = f"`{name}` must be integers [B] = ({B},)."
+        checks.fail(TypeError, rule, f"type {type(lengths).__name__}")
+    checks.known_dtype(name, lengths, f"`{name}` must be integers [B].")
+    if tuple(lengths.shape) != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        evidence = f"shape {tuple(lengths.shape)} and dtype {lengths.dtype}"
         checks.fail(ValueError, f"`{name}` must be integers [B] = ({B},).", evidence)
+    checks.fits(name, lengths)
+    lengths_B = jnp.asarray(lengths)
     return jnp.arange(size, dtype="int32")[None] < lengths_B.astype("int32")[:, None]
 
 

@@ -46,6 +46,7 @@ def from_table(
     table: Sequence[Entry], arrays: Mapping[str, Any], config: MultiHeadAttentionConfig
 ) -> Params:
     """The parameter tree from another framework's arrays, every one of which must be used."""
+    checks.instance("config", config, MultiHeadAttentionConfig)
     _same_names([entry.name for entry in table if entry.name is not None], arrays)
     sizes: Sizes = sizes_of(config)
     params: dict[str, dict[str, Array]] = {}
@@ -70,7 +71,10 @@ def to_table(
     table: Sequence[Entry], params: ParamsLike, config: MultiHeadAttentionConfig
 ) -> dict[str, np.ndarray]:
     """Another framework's arrays from the parameter tree: NumPy arrays under its names."""
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    checks.mapping("params", params)
     boxes.refuse(params, "params")
+    checks.floating_params(params)
     D, M, C = features_of(params).values()
     check_params(params, config, (1, D), (1, M), (1, C))
     without_score(config)

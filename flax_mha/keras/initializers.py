@@ -54,10 +54,11 @@ def compute_fans(
         >>> compute_fans((5, 2, 3)), compute_fans((5, 2, 3), (0,), (1, 2))
         ((10, 15), (5, 6))
     """
+    shape = checks.sizes("shape", shape)
     _check_pair("", input_axes, output_axes)
     if input_axes is not None and output_axes is not None:
-        fan_in = axes_within("input_axes", tuple(input_axes), shape)
-        fan_out = axes_within("output_axes", tuple(output_axes), shape)
+        fan_in = axes_within("input_axes", checks.axes("input_axes", input_axes), shape)
+        fan_out = axes_within("output_axes", checks.axes("output_axes", output_axes), shape)
         return math.prod(shape[a] for a in fan_in), math.prod(shape[a] for a in fan_out)
     if len(shape) < 2:
         return math.prod(shape), math.prod(shape)
@@ -74,7 +75,7 @@ def _check_pair(owner: str, input_axes: Any, output_axes: Any) -> None:
 def _distribution(name: str, value: Any) -> str:
     """Keras reads this name in any case, and "normal" as the truncated one."""
     lower = value.lower() if isinstance(value, str) else value
-    value = "truncated_normal" if lower == "normal" else lower
+    value = "truncated_normal" if isinstance(lower, str) and lower == "normal" else lower
     return choice("truncated_normal", "untruncated_normal", "uniform")(name, value)
 
 

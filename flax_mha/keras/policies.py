@@ -20,6 +20,9 @@ def policy_dtypes(policy: Any) -> dict[str, str]:
         policy = _default(policy["config"]) if kind == _MAP else policy["config"]["name"]
     if policy is None:
         return {}
+    if not isinstance(policy, str):
+        rule = "`dtype` of a Keras config must be the name of a dtype policy, or its dict."
+        checks.fail(TypeError, rule, f"dtype={policy!r} of type {type(policy).__name__}")
     if policy.startswith("mixed_"):
         return {"dtype": policy.removeprefix("mixed_"), "param_dtype": "float32"}
     return {"dtype": policy, "param_dtype": policy}

@@ -1,11 +1,12 @@
 """A low-rank adapter beside a kernel, in one call: y = x . W + (drop(x) . a) scale . b."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Array, DType, ParamsLike, PRNGKey
 from flax_mha.params.lora import check_lora, check_scale
 from flax_mha.params.tree import LETTERS
@@ -54,6 +55,8 @@ def checked_lora(lora: LoraCall) -> LoraCall | None:
             rule = "Without `lora` there is nothing to scale or to drop."
             checks.fail(TypeError, rule, ", ".join(extra))
         return None
+    if isinstance(lora.params, Mapping):  # what else it is, is refused by name when it is read
+        boxes.refuse(lora.params, "lora")
     rate = checks.rate_below_one("lora_dropout", lora.dropout)
     if lora.dropout_key is not None:
         checks.prng_key("lora_dropout_key", lora.dropout_key)

@@ -69,7 +69,7 @@ def _check_reads(cache: CrossCache, arrays: Arrays, query_mask: Any) -> None:
     if cache.max_queries is None or _hidden(query_mask):
         return
     T = arrays[0].shape[-2]
-    real = np.ones(T, bool) if query_mask is None else np.asarray(query_mask)
+    real = np.ones(T, bool) if query_mask is None else _fitting("query_mask", query_mask, arrays[0])
     last = np.where(real, np.arange(1, T + 1), 0).max(-1, initial=0)
     after = length + last
     if (after > cache.max_queries).any():
@@ -83,7 +83,7 @@ def _check_room(cache: KVCache, arrays: Arrays, value_mask: Any) -> None:
     """Under jit the values are hidden: the cache tells by `overflowed` or `spoiled`, as NaN."""
     count = np.asarray(arrays[0].shape[-2])
     if value_mask is not None and not _hidden(value_mask):
-        real = np.asarray(value_mask)
+        real = _fitting("value_mask", value_mask, arrays[0])
         if (real[..., 1:] & ~real[..., :-1]).any():
             rule = "With a KVCache, `value_mask` must be True first, then False: right padding."
             remedy = (
@@ -101,6 +101,15 @@ def _check_room(cache: KVCache, arrays: Arrays, value_mask: Any) -> None:
         evidence = f"{int(after.max())} tokens with those of this call"
         remedy = "Make a larger one by `init_cache(config, batch_shape, capacity)`."
         checks.fail(ValueError, rule, evidence, remedy)
+
+
+def _fitting(name: str, mask: Any, query: Any) -> np.ndarray:
+    """The mask of the new tokens, counted here before the layer checks its shape."""
+    sizes, whole = np.shape(mask)[::-1], tuple(query.shape[:-1])
+    if len(sizes) > len(whole) or any(n not in (1, m) for n, m in zip(sizes, whole[::-1])):
+        rule = f"`{name}` must have the shape [*batch, T] = {whole} of the new tokens."
+        checks.fail(ValueError, rule, f"shape {sizes[::-1]}")
+    return np.asarray(mask)
 
 
 def _check_whole(spoiled: np.ndarray) -> None:

@@ -83,6 +83,9 @@ def block_mask(
         >>> mask = flax_mha.Mask.function(near, blocks=blocks)
     """
     sizes = (block_size, block_size) if hasattr(block_size, "__index__") else block_size
+    if not isinstance(sizes, tuple | list) or len(sizes) != 2:
+        rule = "`block_size` must be an int, or a pair (queries, keys)."
+        checks.fail(TypeError, rule, f"block_size={block_size!r}")
     t, s = (checks.integer("block_size", x, minimum=1) for x in sizes)
     named = {"B": B, "N": N, "T": T, "S": S}
     B, N, T, S = (checks.integer(name, x, minimum=1) for name, x in named.items())

@@ -14,6 +14,7 @@ def check(mask: Any, B: int, N: int, T: int, S: int, whole: Lengths | None = Non
     `whole` are the lengths of the whole sequence, of which a device has T and S: the keys of dense
     masks, and what blocks and grids are of.
     """
+    checks.known_sizes(B=B, N=N, T=T, S=S)
     for part in parts_of(mask):
         _check_own(part, B, N, (T, S), (T, S) if whole is None else whole)
 

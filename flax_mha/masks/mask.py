@@ -277,6 +277,7 @@ class Mask(neighborhood.OfGrids):
 
         `B` and `N` are needed, or else a ValueError, by functions that look at example or head.
         """
+        checks.known_sizes(T=T, S=S, B=1 if B is None else B, N=1 if N is None else N)
         return dense_form.of(self, {"b": B, "n": N, "t": T, "s": S})
 
     def take_queries(self, rows: Array, S: int) -> Mask:
@@ -287,7 +288,8 @@ class Mask(neighborhood.OfGrids):
             >>> mask.as_array(2, 3)[0, 0].astype(int).tolist()
             [[1, 1, 1], [1, 0, 0]]
         """
-        return dense_form.taken(self, rows, S)
+        checks.known_sizes(S=S)
+        return dense_form.taken(self, checks.positions("rows", rows), S)
 
     def check(self, B: int, N: int, T: int, S: int) -> None:
         """Refuses arrays that do not fit `B` examples, `N` heads, `T` queries and `S` keys.

@@ -112,6 +112,7 @@ class Neighborhood:
             ValueError: an unknown field, with the valid ones; otherwise as the constructor.
         """
         valid = [field.name for field in dataclasses.fields(cls)]
+        checks.mapping("fields", fields)
         checks.known_names("A field of Neighborhood", fields, valid)
         return cls(**{"window": None, **fields})
 
@@ -218,7 +219,7 @@ def _size(name: str, value: Any) -> int:
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _sizes(name: str, value: Any) -> tuple[int, ...]:

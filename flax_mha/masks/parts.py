@@ -43,9 +43,9 @@ def padding(name: str, array: Any) -> Array | None:
 
 def dense(array: Any) -> Array:
     """Booleans of rank 4, axes aligned from the right."""
-    array = checks.boolean_mask("dense", array)
+    array = checks.boolean_mask("array", array)
     if array.ndim > 4:
-        rule = "A dense mask must broadcast to [B, N, T, S]."
+        rule = "A dense mask, `array`, must broadcast to [B, N, T, S]."
         checks.fail(ValueError, rule, f"shape {array.shape}")
     return jax.lax.broadcast_to_rank(array, 4)
 

@@ -74,9 +74,9 @@ def lora_params(
         True
     """
     checks.prng_key("init_key", init_key)
-    checks.x64_enabled("param_dtype", config.param_dtype)
     shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
-    rank, names = checks.integer("rank", rank), _names(which, config.projections)
+    checks.x64_enabled("param_dtype", config.param_dtype)
+    rank, names = checks.integer("rank", rank), _names("which", which, config.projections)
     kernels = {name: shapes[name]["kernel"] for name in names}
     for name, kernel in kernels.items():
         _check_rank(name, rank, kernel.shape)
@@ -106,7 +106,9 @@ def merge_lora(params: ParamsLike, lora: ParamsLike, lora_scale: Any = 1.0) -> P
         >>> float(abs(merged["key"]["kernel"] - params["key"]["kernel"]).max().round())
         4.0
     """
+    checks.mapping("params", params)
     boxes.refuse(params, "params")
+    checks.floating_params(params)
     check_lora(lora, params)
     check_scale(lora_scale)
     pairs = {name: [_wide(adapter[leaf]) for leaf in LEAVES] for name, adapter in lora.items()}
@@ -140,8 +142,10 @@ def split_lora(tuned: ParamsLike, params: ParamsLike, *, rank: int = 8) -> Param
         >>> list(again), again["key"]["b"].shape
         (['key'], (4, 2, 16))
     """
-    boxes.refuse(tuned, "tuned")
-    boxes.refuse(params, "params")
+    for name, tree in (("tuned", tuned), ("params", params)):
+        checks.mapping(name, tree)
+        boxes.refuse(tree, name)
+        checks.floating_params(tree, name)
     sizes, others = (jax.tree.map(lambda x: tuple(x.shape), dict(x)) for x in (tuned, params))
     if sizes != others:
         rule = "`tuned` and `params` must be trees of one layer."
@@ -163,7 +167,7 @@ def check_lora(lora: Any, params: ParamsLike) -> None:
         checks.fail(TypeError, rule, type(lora).__name__, "Make it by `lora_params`.")
     boxes.refuse(lora, "lora")
     checks.floating_params(lora, "lora")
-    _names(lora, [name for name, leaves in params.items() if "kernel" in leaves])
+    _names("lora", lora, [name for name, leaves in params.items() if "kernel" in leaves])
     for name, adapter in lora.items():
         _check_adapter(name, adapter, tuple(params[name]["kernel"].shape))
 
@@ -185,6 +189,12 @@ def check_rule(rule: Lora | None, tree: Any) -> None:
 
 def check_scale(lora_scale: Any) -> None:
     """One number, and a finite one as far as that can be seen."""
+    is_number = isinstance(lora_scale, float | int) or checks.is_array(lora_scale)
+    dtype = getattr(lora_scale, "dtype", np.dtype("float32"))
+    is_real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if not is_number or not is_real:
+        rule, evidence = "`lora_scale` must be one number.", f"type {type(lora_scale).__name__}"
+        checks.fail(TypeError, rule, evidence)
     if np.shape(lora_scale):
         rule, evidence = "`lora_scale` must be one number.", f"shape {np.shape(lora_scale)}"
         remedy = "Many adapters, each with a scale, are `jax.vmap`'s."
@@ -222,10 +232,10 @@ def _sides(name: str, kernel: Shape) -> tuple[int, int]:
     return math.prod(kernel[:inputs]), math.prod(kernel[inputs:])
 
 
-def _names(which: Any, known: Iterable[str]) -> tuple[str, ...]:
-    names, known = names_of("which", which), list(known)
+def _names(name: str, which: Any, known: Iterable[str]) -> tuple[str, ...]:
+    names, known = names_of(name, which), list(known)
     if unknown := [name for name in names if name not in known]:
-        rule = f"Adapters are of this layer's projections, {', '.join(known)}."
+        rule = f"`{name}`: adapters are of this layer's projections, {', '.join(known)}."
         checks.fail(ValueError, rule, f"{unknown}")
     return names
 

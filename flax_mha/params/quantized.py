@@ -62,6 +62,7 @@ def quantize_params(params: ParamsLike, dtype: Any = "int8") -> Params:
         >>> bool(abs(near - y).max() < 0.01 * abs(y).max())
         True
     """
+    checks.mapping("params", params)
     boxes.refuse(params, "params")
     checks.floating_params(params)
     dtype = small_dtype("dtype", dtype)
@@ -93,6 +94,9 @@ def dequantize_params(params: ParamsLike) -> Params:
         >>> bool(abs(kernels[0] - kernels[1]).max() <= abs(kernels[1]).max() / 254)
         True
     """
+    checks.mapping("params", params)
+    for name, leaves in params.items():
+        checks.mapping(f"params[{name!r}]", leaves)
     read = read_kernels(params)
 
     def plain(x: Any) -> Any:
@@ -185,11 +189,15 @@ def _read(name: str, kernel: Any) -> QuantizedKernel:
         return _of_qwix(where, name, kernel)
     if set(kernel) != {"value", "scale"}:
         rule = f"A quantized `{where}` must hold value and scale."
-        checks.fail(ValueError, rule, f"{sorted(kernel)}", "Make it by `quantize_params`.")
+        checks.fail(ValueError, rule, f"{[*kernel]}", "Make it by `quantize_params`.")
     return _checked(where, name, kernel["value"], kernel["scale"])
 
 
 def _checked(where: str, name: str, value: Any, scale: Any) -> QuantizedKernel:
+    for part, x in (("value", value), ("scale", scale)):
+        if not checks.is_array(x):
+            rule = f"The {part} of a quantized `{where}` must be an array."
+            checks.fail(TypeError, rule, f"{type(x).__name__}")
     if str(value.dtype) not in DTYPES:
         rule = f"The value of a quantized `{where}` must be one of {', '.join(DTYPES)}."
         checks.fail(TypeError, rule, f"dtype {value.dtype}")

@@ -80,10 +80,11 @@ def param_shapes(
         >>> shapes["query"]["kernel"].shape
         (32, 2, 16)
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
     value_shape = query_shape if value_shape is None else value_shape
     key_shape = value_shape if key_shape is None else key_shape
-    shapes = {"query_shape": query_shape, "key_shape": key_shape, "value_shape": value_shape}
-    D, C, M = (tree_checks.features(name, shape) for name, shape in shapes.items())
+    shapes = {"query_shape": query_shape, "value_shape": value_shape, "key_shape": key_shape}
+    D, M, C = (tree_checks.features(name, shape) for name, shape in shapes.items())
     N, _, _, V = config.dims
     kernels = _kernels_of_heads(config, D, C, M)
     if config.use_gate:
@@ -128,7 +129,7 @@ def features_of(params: Any) -> dict[str, int]:
     firsts = {"query": ("query_latent", "query"), "value": ("latent", "value")}
     firsts["key"] = ("latent", "key")
     kernels = {name: _kernel(params, firsts[name]) for name in firsts}
-    return {f"{name}_features": getattr(x, "shape", (1,))[0] for name, x in kernels.items()}
+    return {f"{name}_features": (getattr(x, "shape", ()) or (1,))[0] for name, x in kernels.items()}
 
 
 def _kernel(params: Any, names: tuple[str, ...]) -> Any:

@@ -72,10 +72,10 @@ def mask_BNTS(
     if isinstance(mask, Mask):
         return _of_structure(mask, query_length, key_length, given)
     _concrete("mask", mask)
+    array = np.asarray(checks.boolean_mask("mask", mask))
     if any(count is not None for count in given.values()):
         rule = "`examples` and `heads` are of a Mask: an array has as many as it has."
         checks.fail(TypeError, rule, f"{given}")
-    array = np.asarray(checks.boolean_mask("mask", mask))
     if array.ndim not in (2, 3, 4):
         rule = "`mask` must be a Mask, or have the axes [T, S], [N, T, S] or [B, N, T, S]."
         checks.fail(ValueError, rule, f"shape {array.shape}")

@@ -48,6 +48,8 @@ def import_matplotlib() -> Any:
 
 def new_figure(width: float, height: float, title: str | None) -> Any:
     """A figure that a notebook shows as a cell's value, whether or not pyplot was imported."""
+    if title is not None and not isinstance(title, str):
+        checks.fail(TypeError, "`title` must be a string.", f"title={title!r}")
     height += 0.0 if title is None else 0.3
     figure = import_matplotlib().figure.Figure(figsize=(width, height), layout="compressed")
     # IPython learns of figures from pyplot alone; without this it would print `<Figure ...>`.

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flax_mha.core import checks
 from flax_mha.core.frozen import Positive
 from flax_mha.core.typing import Array
 from flax_mha.positions.bias import DistanceFunction
@@ -56,13 +57,15 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
         float64 `[N]`.
 
     Raises:
-        ValueError: N below 1, from `math.log2`.
+        ValueError: N below 1, a largest bias that is not a finite number above 0.
 
     Example:
         >>> from flax_mha.positions import alibi_slopes
         >>> alibi_slopes(4).tolist()
         [0.25, 0.0625, 0.015625, 0.00390625]
     """
+    num_heads = checks.integer("num_heads", num_heads, minimum=1)
+    max_bias = checks.positive("max_bias", max_bias)
     power = 2 ** math.floor(math.log2(num_heads))
     exact = 2.0 ** (-max_bias * np.arange(1, power + 1) / power)
     between = 2.0 ** (-max_bias * np.arange(1, 2 * power + 1, 2) / (2 * power))

@@ -30,7 +30,8 @@ class RelativeBias(DistanceFunction):
 
     Args:
         num_buckets: how many buckets.
-        max_distance: from where on all distances share a bucket.
+        max_distance: from where on all distances share a bucket; more than have one of their own,
+            which are a quarter of `num_buckets`, or half of it in one direction.
         bidirectional: half of the buckets for keys after the query; False for causal attention,
             where all of those share bucket 0.
 
@@ -48,7 +49,24 @@ class RelativeBias(DistanceFunction):
 
     num_buckets: Annotated[int, _count] = 32
     max_distance: Annotated[int, _count] = 128
-    bidirectional: bool = True
+    bidirectional: Annotated[bool, checks.boolean] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_distance <= self._of_one:  # the logarithm below would be 0 or negative
+            own = f"the {self._of_one} distances each way that have a bucket of their own"
+            evidence = f"max_distance={self.max_distance}, num_buckets={self.num_buckets}"
+            checks.fail(ValueError, f"`RelativeBias.max_distance` must be above {own}.", evidence)
+
+    @property
+    def _each_way(self) -> int:
+        """How many buckets there are for keys before the query, and as many for those after."""
+        return self.num_buckets // 2 if self.bidirectional else self.num_buckets
+
+    @property
+    def _of_one(self) -> int:
+        """How many of those hold a single distance."""
+        return self._each_way // 2
 
     @property
     def table_size(self) -> int:
@@ -56,10 +74,9 @@ class RelativeBias(DistanceFunction):
 
     def buckets(self, distance: np.ndarray) -> np.ndarray:
         """The bucket of a key that stands `distance` positions after the query."""
-        count = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        count, exact = self._each_way, self._of_one
         after = np.where(distance > 0, count, 0) if self.bidirectional else 0
         apart = abs(distance) if self.bidirectional else np.maximum(-distance, 0)
-        exact = count // 2
         # In float32, as T5 does: in float64 some distances on a border change their bucket.
         grown = np.log(np.maximum(apart, 1).astype(np.float32) / np.float32(exact))
         grown = grown / np.float32(math.log(self.max_distance / exact)) * np.float32(count - exact)

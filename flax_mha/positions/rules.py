@@ -33,7 +33,7 @@ def proportion(name: str, value: Any) -> float:
 def factors(name: str, value: Any) -> tuple[float, ...]:
     """A number for each pair of features."""
     rule = f"`{name}` must be numbers > 0, one for each pair of features that turn."
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    if not isinstance(value, tuple | list):
         checks.fail(TypeError, rule, f"{value!r} of type {type(value).__name__}")
     return tuple(checks.positive(name, factor) for factor in value)
 
@@ -41,7 +41,7 @@ def factors(name: str, value: Any) -> tuple[float, ...]:
 def sections(name: str, value: Any) -> tuple[int, ...]:
     """A number of pairs for each axis."""
     rule = f"`{name}` must be the number of pairs of each axis, such as (16, 24, 24)."
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    if not isinstance(value, tuple | list):
         checks.fail(TypeError, rule, f"{value!r} of type {type(value).__name__}")
     counts = tuple(size(name, count) for count in value)
     return counts or checks.fail(ValueError, rule, f"{value!r}")

@@ -32,7 +32,10 @@ def regularization_loss(params: ParamsLike, config: MultiHeadAttentionConfig) ->
         >>> round(float(regularization_loss({"query": ones}, config)), 6)
         0.3
     """
+    checks.mapping("params", params)
+    checks.instance("config", config, MultiHeadAttentionConfig)
     boxes.refuse(params, "params")
+    checks.floating_params(params)
     regularizers = {"kernel": config.kernel_regularizer, "bias": config.bias_regularizer}
     return _total(
         regularizer(array)
@@ -66,6 +69,8 @@ def activity_loss(activations: Activations, config: MultiHeadAttentionConfig) ->
         >>> float(flax_mha.activity_loss(flax_mha.forward(params, x, x, config=config), config))
         0.0
     """
+    checks.instance("activations", activations, Activations)
+    checks.instance("config", config, MultiHeadAttentionConfig)
     regularizer = config.activity_regularizer
     if regularizer is None:
         return _total([])

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import boxes, checks
 from flax_mha.core.quantization import DTYPES
 from flax_mha.core.typing import Array, ParamsLike
 
@@ -32,7 +32,17 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
         >>> float(flax_mha.apply_constraints(params, config)["query"]["kernel"].min())
         0.0
     """
-    if any(map(_is_quantized, jax.tree_util.tree_leaves_with_path(params))):
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+    except ValueError:  # names that cannot be sorted
+        boxes.refuse(params, "params")
+        raise
+    for path, leaf in leaves:
+        if not checks.is_array(leaf) or leaf.dtype.kind in "cOUS":
+            rule = f"params{jax.tree_util.keystr(path)} must be an array of floats."
+            checks.fail(TypeError, rule, f"{type(leaf).__name__}")
+    if any(map(_is_quantized, leaves)):
         rule = "A quantized kernel has no constraint: it is not trained."
         checks.fail(TypeError, rule, "quantized parameters", "Constrain them, then quantize.")
     return jax.tree_util.tree_map_with_path(
@@ -62,6 +72,8 @@ def constrain(
         >>> config = flax_mha.MultiHeadAttentionConfig(2, 16, kernel_constraint="max_norm")
         >>> optimizer = optax.chain(optax.adam(1e-3), flax_mha.constrain(config, ("attention",)))
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    path = checks.names("path", path)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
         if params is None:

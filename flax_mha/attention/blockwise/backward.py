@@ -6,6 +6,9 @@
     d_query = scale d_product . key    d_key = d_product^T . scale query
     d_value = drop(weights)^T . d_context
 
+Of a key that has all of its row, d_logits is d_row_sum row_sum: d_weights and delta are equal, and
+what is left of their rounding would be multiplied by a key of 1e15, or the query beside it.
+
 float32 and wider: 1 / row_sum stands in d_context and delta instead of in the weights.
 
 In `order`'s axes, by its equations.
@@ -32,7 +35,7 @@ from flax_mha.attention.blockwise.call import (
     tile_terms,
     value_tile,
 )
-from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.forward import Softmax, alone_of
 from flax_mha.attention.blockwise.lanes import begin, of_lane, put_lane, queries_apart
 from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
 from flax_mha.attention.blockwise.order import order_of
@@ -54,6 +57,8 @@ class Saved(NamedTuple):
     row_max_BNT: Array  # inf where nothing may be attended: e^(logits - inf) is 0
     share_BNT: Array | None  # 1 / row_sum; None where delta and d_context were multiplied by it
     delta_BNT: Array
+    alone_BNT: Array  # the weight of a key that has all of its row; inf where there is none
+    d_alone_BNT: Array
     d_context_BTNV: Array
 
 
@@ -122,12 +127,15 @@ def _saved(blocks: Blocks, softmax: Softmax, d_context: Array, d_row_sum: Array)
     context, row_max, row_sum = softmax
     nowhere = row_sum == 0
     row_max, share = jnp.where(nowhere, jnp.inf, row_max), 1 / jnp.where(nowhere, 1, row_sum)
-    delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_row_sum * row_sum
+    d_alone = d_row_sum * row_sum
+    delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_alone
+    alone = alone_of(row_sum)
     dtype = blocks.query_BTNH.dtype
     if dtype != wide_dtype(dtype):  # in float16 a small d_context times a small share is 0
-        return Saved(row_max, share, delta, d_context.astype(dtype))
+        return Saved(row_max, share, delta, alone, d_alone, d_context.astype(dtype))
     # Once a query and not once a pair: XLA's CPU makes one more array of a tile's weights for it.
-    return Saved(row_max, None, delta * share, d_context * share.swapaxes(1, 2)[..., None])
+    d_context *= share.swapaxes(1, 2)[..., None]
+    return Saved(row_max, None, delta * share, alone, d_alone, d_context)
 
 
 def _key_block(
@@ -197,6 +205,8 @@ def _tile_gradients(
         weights_rs *= along(saved.share_BNT)
     d_weights_rs = drop(product(plan, order.d_weights, d_context_bkrv, value_bksv))
     d_logits_rs = weights_rs * (d_weights_rs - along(saved.delta_BNT))
+    is_alone_rs = weights_rs >= along(saved.alone_BNT)  # of NaN not
+    d_logits_rs = jnp.where(is_alone_rs, along(saved.d_alone_BNT), d_logits_rs)
     d_score: dict[str, Array] = {}
     if pull is not None:
         d_logits_rs, d_score = pull(d_logits_rs)

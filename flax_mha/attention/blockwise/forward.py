@@ -44,6 +44,11 @@ class Softmax(NamedTuple):
     row_sum_BNT: Array
 
 
+def alone_of(row_sum: Array) -> Array:
+    """The weight of a key that has all of its row: 1 where the row sums up to it, else inf."""
+    return jnp.where(row_sum == 1, 1.0, jnp.inf).astype(row_sum.dtype)
+
+
 class Values(NamedTuple):
     """The values, as the tiles read them, and whether rows of ones stand below their V rows."""
 

@@ -4,6 +4,9 @@
     row = sum_s weights d_logits                         d_row_sum = row_sum row
     d_context = sum_s drop(weights d_logits) value + drop(weights) d_value - context row
 
+A key that has all of its row moves row_sum alone: its terms of d_context are left out, for they
+cancel but for their rounding, which is large where logits are.
+
 `Tangent` is the linear map (d_query, d_key, ...) -> (d_context, d_row_sum), and `Gradient`, its
 transpose, is the backward pass of FlashAttention, written out in `backward`. The result is the same
 for every row_max: it has no derivative.
@@ -23,7 +26,7 @@ from flax_mha.attention.blockwise.call import (
     tile_logits,
 )
 from flax_mha.attention.blockwise.engine import Call, Engine, softmax_parts
-from flax_mha.attention.blockwise.forward import Softmax
+from flax_mha.attention.blockwise.forward import Softmax, alone_of
 from flax_mha.attention.blockwise.parts import Here
 from flax_mha.attention.blockwise.signature import Signature
 from flax_mha.attention.blockwise.tile_sum import TileSum
@@ -118,14 +121,17 @@ class _TileTangent:
         share_bkr = 1 / jnp.where(nowhere, 1, row_sum_bkr)
         weights_bkrs = jnp.exp(logits_bkrs - row_max_bkr[..., None]) * share_bkr[..., None]
         moved_bkrs = weights_bkrs * d_logits_bkrs
-        row_bkr = moved_bkrs.sum(-1)
+        is_alone_bkrs = weights_bkrs >= alone_of(row_sum_bkr)[..., None]
+        sharing_bkrs = jnp.where(is_alone_bkrs, 0, moved_bkrs)
+        row_bkr = sharing_bkrs.sum(-1)
 
         drop = tile_dropper(here.plan, here.blocks, here.tile)
         multiply = lambda a, b: product(here.plan, "bkrs,bksv->bkrv", a, b)  # noqa: E731
-        d_context_bkrv = multiply(drop(moved_bkrs), named["value"])
+        d_context_bkrv = multiply(drop(sharing_bkrs), named["value"])
         if "value" in moved:
             d_context_bkrv += multiply(drop(weights_bkrs), moved["value"])
-        return [d_context_bkrv - context_bkrv * row_bkr[..., None], row_bkr * row_sum_bkr]
+        d_row_sum_bkr = moved_bkrs.sum(-1) * row_sum_bkr
+        return [d_context_bkrv - context_bkrv * row_bkr[..., None], d_row_sum_bkr]
 
     def _logits(self, here: Here, parts: dict[str, Array]) -> Array:
         """Those of the forward pass, which rounded query and key to the compute dtype."""

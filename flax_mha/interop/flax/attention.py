@@ -104,14 +104,18 @@ def attention_fn(
         >>> layer.init_with_output(jax.random.key(1), x)[0].shape
         (4, 8, 32)
     """
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if not checks.is_array(x) or getattr(x.dtype, "kind", "") in "OUS":  # a cast reads text
+            rule = f"`{name}` must be a floating-point array [..., length, heads, features]."
+            checks.fail(TypeError, rule, f"{name} of type {type(x).__name__}")
     _refuse(
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
         input_positions=input_positions,
     )
+    _refuse_complex(query=query, key=key, value=value)  # before a cast drops what is imaginary
     query, key, value = _promoted((query, key, value), dtype, promote_dtype)
-    _refuse_complex(query=query, key=key, value=value)
     rate = checks.rate("dropout_rate", dropout_rate)
     drops = not checks.boolean("deterministic", deterministic) and rate > 0
     if checks.boolean("is_causal", is_causal) and checks.is_array(mask):
@@ -175,6 +179,7 @@ def _dropout_key(dropout_rng: PRNGKey | None) -> PRNGKey:
     if dropout_rng is None:
         remedy = "Pass `dropout_rng=jax.random.key(0)`, or `deterministic=True`."
         checks.fail(ValueError, "Dropout needs a PRNG key.", "dropout_rng=None", remedy)
+    checks.prng_key("dropout_rng", dropout_rng)
     return dropout_rng
 
 

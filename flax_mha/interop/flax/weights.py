@@ -59,6 +59,7 @@ def from_flax_params(params: ParamsLike, config: MultiHeadAttentionConfig) -> Pa
         >>> from_flax_params(variables["params"], config)["attention_output"]["kernel"].shape
         (2, 16, 24)
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
     arrays, wanted = dict(flat(params)), places(config)
     if config.qk_norm != NORM and any(f"{place}.scale" in arrays for place in NORMS.values()):
         rule = "The layer norms of `normalize_qk=True` have one `qk_norm` in the config."
@@ -101,6 +102,7 @@ def to_flax_params(
         >>> layer.apply({"params": to_flax_params(params, config)}, x).shape
         (4, 8, 24)
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
     only("flax.linen", config, {**_fixed(config), "num_kv_heads": config.num_heads})
     return _nested(params, config)
 
@@ -134,6 +136,7 @@ def to_nnx_state(
         >>> bool((layer.query.kernel[...] == params["query"]["kernel"]).all())
         True
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
     only("flax.nnx", config, _fixed(config))
     state = _nested(params, config)
     C, M = (state[name]["kernel"].shape[0] for name in ("key", "value"))

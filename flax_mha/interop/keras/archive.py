@@ -75,12 +75,12 @@ def open_keras_file(path: str | os.PathLike[str]) -> Iterator[KerasFile]:
         path = weights_of(path)
         file: IO[bytes] = stack.enter_context(open(path, "rb"))
         if config is None and file.read(4) == ZIP_MAGIC:
-            config, file = stack.enter_context(_parts(file))
+            config, file = stack.enter_context(_parts(file, os.path.basename(os.fspath(path))))
         file.seek(0)
         if file.read(8) != HDF5_MAGIC:
             _unknown_format(path, file)
         size = file.seek(0, os.SEEK_END)
-        with intact("The HDF5 file"):
+        with intact(f"{os.path.basename(os.fspath(path))!r}: the HDF5 file"):
             h5 = stack.enter_context(h5py.File(file, "r"))
         _not_legacy(h5)
         yield KerasFile(h5, size, config)
@@ -128,9 +128,9 @@ def _not_legacy(h5: Any) -> None:
 
 
 @contextlib.contextmanager
-def _parts(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], IO[bytes]]]:
+def _parts(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], IO[bytes]]]:
     """(config.json, the weights in a nameless temporary file) of a `.keras` archive."""
-    with open_archive(file) as archive, tempfile.TemporaryFile() as weights:
+    with open_archive(file, name) as archive, tempfile.TemporaryFile() as weights:
         text = io.BytesIO()
         copy_member(archive, CONFIG, text, MAX_CONFIG_BYTES)
         copy_member(archive, WEIGHTS, weights)
@@ -138,16 +138,16 @@ def _parts(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], IO[bytes]]]:
 
 
 @contextlib.contextmanager
-def open_archive(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
+def open_archive(file: IO[bytes], name: str) -> Iterator[zipfile.ZipFile]:
     """The archive, if its list of members is one that Keras could have written."""
-    with intact("The archive"):
+    with intact(f"{name!r}: the archive"):
         archive = zipfile.ZipFile(file)
     with archive:
         names = archive.namelist()
-        for name in names:
-            if re.match(r"/|[A-Za-z]:", name) or "\\" in name or ".." in name.split("/"):
+        for member in names:
+            if re.match(r"/|[A-Za-z]:", member) or "\\" in member or ".." in member.split("/"):
                 rule = "The archive's members must have relative paths inside it."
-                checks.fail(ValueError, rule, repr(name), "Keras never writes such a name.")
+                checks.fail(ValueError, rule, repr(member), "Keras never writes such a name.")
         if len(set(names)) != len(names):
             double = next(name for name in names if names.count(name) > 1)
             checks.fail(ValueError, "The archive's members must differ in name.", repr(double))

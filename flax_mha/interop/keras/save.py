@@ -85,7 +85,8 @@ def _patch_archive(
     path: Path, replaced: Mapping[str, np.ndarray], like: str | os.PathLike[str]
 ) -> None:
     """Member by member, in the archive's order."""
-    with open(like, "rb") as file, open_archive(file) as source, _replacing(path) as target:
+    name = Path(like).name
+    with open(like, "rb") as file, open_archive(file, name) as source, _replacing(path) as target:
         weights = target.with_name(WEIGHTS)
         with open(weights, "wb") as stream:
             copy_member(source, WEIGHTS, stream)

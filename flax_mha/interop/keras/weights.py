@@ -46,6 +46,9 @@ def from_keras_weights(weights: Sequence[Any], config: MultiHeadAttentionConfig)
         [(8, 2, 4), (8, 2, 4), (8, 2, 4), (2, 4, 8)]
     """
     places = places_of(config)
+    if not isinstance(weights, list | tuple):
+        rule = "`weights` must be a list of arrays, as `layer.get_weights()` returns."
+        checks.fail(TypeError, rule, f"{type(weights).__name__}")
     if len(weights) != len(places):
         rule = f"`weights` must be {len(places)} arrays: {['/'.join(place) for place in places]}."
         evidence = f"{len(weights)} arrays of shapes {[np.shape(array) for array in weights]}"
@@ -81,6 +84,7 @@ def to_keras_weights(params: ParamsLike, config: MultiHeadAttentionConfig) -> li
         8
     """
     check(params, config)
+    checks.floating_params(params)
     without_score(config)
     if isinstance(config.sliding_window, Neighborhood):
         rule = "Keras's windows lie along the raster: `sliding_window` must be an int or None."

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +11,11 @@ from flax_mha.core import checks
 
 def as_numpy(name: str, value: Any) -> np.ndarray:
     """Anything that `np.asarray` takes, or a torch tensor; every bit stays as it is."""
-    return _from_tensor(name, value) if hasattr(value, "detach") else np.asarray(value)
+    if hasattr(value, "detach"):
+        return _from_tensor(name, value)
+    if checks.is_array(value) and jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        checks.fail(TypeError, f"`{name}` must be an array of numbers.", f"dtype {value.dtype}")
+    return np.asarray(value)
 
 
 def writable(array: np.ndarray) -> np.ndarray:

@@ -28,6 +28,8 @@ def from_layout(
     if not isinstance(state, Mapping):
         remedy = "Pass `module.state_dict()`, or what `load_safetensors` returns."
         checks.fail(TypeError, "`state` must be a mapping.", f"{type(state).__name__}", remedy)
+    checks.mapping("state", state)
+    _check(config, prefix)
     table = [
         entry
         for entry in _rows(layout, config)
@@ -47,6 +49,12 @@ def from_layout(
     params = from_table(table, whole, config)
     _check_sizes(layout, cast(ParamsLike, params), config)
     return params
+
+
+def _check(config: Any, prefix: Any) -> None:
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    if not isinstance(prefix, str):
+        checks.fail(TypeError, "`prefix` must be a string.", f"prefix={prefix!r}")
 
 
 def _rows(layout: Layout, config: MultiHeadAttentionConfig) -> list[Entry]:
@@ -132,6 +140,7 @@ def to_layout(
     layout: Layout, params: ParamsLike, config: MultiHeadAttentionConfig, prefix: str
 ) -> dict[str, np.ndarray]:
     """The inverse of `from_layout`: NumPy arrays of their own memory, under prefixed names."""
+    _check(config, prefix)
     table = _rows(layout, config)
     arrays = to_table(table, params, config)
     for name in layout.shared_last:

@@ -55,6 +55,9 @@ def mask_from_torch(
     if key_bias is not None:
         key_bias = key_bias[:, None, None] if batched else key_bias[None, None]
         bias = key_bias if bias is None else np.add(*_fitting(bias, key_bias))
+    if scores is not None and padding is not None and scores.shape[-1] != padding.shape[-1]:
+        rule = "`attn_mask` [..., T, S] and `key_padding_mask` [..., S] must be of the same keys."
+        checks.fail(ValueError, rule, f"shapes {scores.shape} and {padding.shape}")
     arrays = {"attention_mask": attend, "value_mask": real, "bias": bias}
     return {name: None if a is None else jnp.array(a) for name, a in arrays.items()}
 
@@ -104,9 +107,24 @@ def mask_to_torch(
         added = _aligned("bias", np.asarray(bias))
         mask = added if attend is None else _hidden(*_fitting(attend, added))
         padding = None if real is None else _hidden(real, np.zeros((), added.dtype))
+    if real is not None:
+        _check_padding(real, [x for x in (attention_mask, bias) if x is not None])
     mask = None if mask is None else _merged_heads(mask, num_heads, real)
     arrays = {"attn_mask": mask, "key_padding_mask": padding}
     return {name: None if a is None else writable(a) for name, a in arrays.items()}
+
+
+def _check_padding(real: np.ndarray, pairs: Any) -> None:
+    """Real keys `[B, S]`, or `[S]`, are those of the other masks."""
+    if real.ndim not in (1, 2):
+        checks.fail(ValueError, "`value_mask` must be [B, S].", f"shape {real.shape}")
+    for shape in map(np.shape, pairs):
+        batch = (*shape[:-2], *real.shape[:-1])[:1] if len(shape) > 2 else ()
+        if shape[-1:] not in ((1,), real.shape[-1:]) or (
+            real.ndim == 2 and batch and 1 not in (batch[0], len(real)) and batch[0] != len(real)
+        ):
+            rule = "`value_mask` must be [B, S] of the same examples and keys as the other masks."
+            checks.fail(ValueError, rule, f"shape {real.shape}, beside one of shape {shape}")
 
 
 Halves = tuple[np.ndarray | None, np.ndarray | None]
@@ -161,7 +179,7 @@ def _per_head(array: np.ndarray | None, num_heads: int | None, batched: bool) ->
     if array.shape[0] % N or not (batched or array.shape[0] == N):
         rule = f"`attn_mask` of rank 3 must be [{'B N' if batched else 'N'}, T, S] with N = {N}."
         checks.fail(ValueError, rule, f"shape {array.shape}")
-    return array.reshape(-1, N, *array.shape[1:]) if batched else array
+    return array.reshape(array.shape[0] // N, N, *array.shape[1:]) if batched else array
 
 
 def _num_heads(name: str, array: np.ndarray, num_heads: int | None) -> int:

@@ -10,7 +10,7 @@ from flax_mha.core import boxes, checks
 from flax_mha.core.typing import Params, ParamsLike
 from flax_mha.interop.torch.layouts import PARTS, from_layout, to_layout
 from flax_mha.interop.torch.models import EXTRAS, MODELS, PACKED, SEPARATE, Layout, linear_layers
-from flax_mha.params.tree import places
+from flax_mha.params.tree import features_of, places
 
 LAYOUTS = ("torch", *MODELS)
 
@@ -103,8 +103,9 @@ def to_torch_state_dict(
         out_proj.bias (32,)
     """
     checks.one_of("layout", layout, LAYOUTS)
+    checks.mapping("params", params)
     boxes.refuse(params, "params")
-    D, C, M = (params[name]["kernel"].shape[0] for name in PARTS)
+    D, M, C = features_of(params).values()
     return to_layout(_layout(layout, packed=D == C == M), params, config, prefix)
 
 
@@ -251,15 +252,20 @@ def _linear(
     ignore: Sequence[str],
     config: MultiHeadAttentionConfig,
 ) -> Layout:
+    checks.instance("config", config, MultiHeadAttentionConfig)
+    checks.mapping("names", names)
     extras = [name for name, entry in EXTRAS.items() if entry.place in places(config)]
     expected = [*PARTS, *(["gate"] if config.use_gate else []), "attention_output", *extras]
     if sorted(names) != sorted(expected):
         rule = f"`names` must name the Linear of each of {expected}."
         checks.fail(ValueError, rule, f"names of {list(names)}")
+    for name in names.values():
+        if not isinstance(name, str):
+            rule = "`names` must name Linears by strings."
+            checks.fail(TypeError, rule, f"{name!r} of type {type(name).__name__}")
+    without_bias = checks.names("without_bias", without_bias)
     checks.known_names("An entry of `without_bias`", without_bias, config.projections)
     if without_bias and not config.use_bias:
         rule = "`without_bias` names exceptions, where the config has biases."
         checks.fail(ValueError, rule, f"use_bias=False, without_bias={list(without_bias)}")
-    if isinstance(ignore, str):
-        checks.fail(TypeError, "`ignore` must be a list of names.", f"ignore={ignore!r}")
-    return linear_layers(names, without_bias, ignore)
+    return linear_layers(names, without_bias, checks.names("ignore", ignore))

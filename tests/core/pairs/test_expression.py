@@ -107,6 +107,7 @@ def test_what_needs_one_side_is_computed_once(name):
         assert whole[place] == bool(function(*map(jnp.int32, place))), place
 
 
+@pytest.mark.slow
 def test_the_logit_is_one_number_at_each_place():
     function = lambda x, b, n, t, s: jax.nn.relu(x) * TABLE[n, s - t + S] - t.astype(x.dtype)
     made = separated(score_function(function, "float32"), places())
@@ -117,6 +118,7 @@ def test_the_logit_is_one_number_at_each_place():
         np.testing.assert_allclose(whole[place], wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_floats_alone_move():
     """Ids and indices have no derivative; a bfloat16 that was widened is what it was."""
     narrow = TABLE[:, 0].astype("bfloat16")

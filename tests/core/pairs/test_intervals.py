@@ -123,6 +123,7 @@ def test_where_query_and_key_stand_once_nothing_is_lost(name, block):
         np.testing.assert_array_equal(np.broadcast_to(told.whole, whole.shape), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", GRIDS, ids=str)
 @pytest.mark.parametrize("name", [*WITHOUT_RULE, "document", "NaN and Inf", "of the key", "never"])
 def test_asking_every_pair_is_exact(name, block):
@@ -141,6 +142,7 @@ def test_what_has_rules_is_not_asked_for(name):
     assert reason_to_evaluate(separate((EXACT | SOUND)[name])) is None
 
 
+@pytest.mark.slow
 def test_every_rule_is_tried():
     """By one of the functions above, or it could be wrong and no test would see it."""
     pairs = [separate(function) for function in (EXACT | SOUND).values()]
