@@ -185,6 +185,7 @@ def test_one_look_shows_the_house():
     assert hidden == []  # the folder is the wall
 
 
+@pytest.mark.slow
 def test_equations_are_found_where_they_are():
     counts = {module: source.count("->B") for module, source in SOURCES.items()}
     found = [
@@ -224,6 +225,7 @@ def test_a_planted_violation_is_found(rule, module, planted):
     assert len(rule(module, SOURCES.get(module, "") + "\n" + planted)) == 1
 
 
+@pytest.mark.slow
 def test_no_error_is_swallowed_whole():
     swallowed = [
         f"{module}:{node.lineno}"
@@ -245,6 +247,7 @@ def function_lengths(source: str) -> list[int]:
     return lengths
 
 
+@pytest.mark.slow
 def test_files_and_functions_are_small():
     long = {module: text.count("\n") for module, text in SOURCES.items() if text.count("\n") > 300}
     assert long == {}

@@ -103,6 +103,7 @@ def test_every_two_in_chunks_and_token_by_token(position, kv, window):
             assert_close(output, expected[b, : len(output)], "float32", f"example {b}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [ROWS[1], ROWS[4]], ids=name_of)
 def test_scan_and_vmap(row):
     """A scan over tokens, with a cache of one sequence under vmap."""
@@ -120,6 +121,7 @@ def test_scan_and_vmap(row):
     assert_close(jax.jit(jax.vmap(decode))(X), one_pass(params, config), "float32")
 
 
+@pytest.mark.slow
 def test_pmap_and_donation():
     config, params = layer_of(ROWS[2])
     x = normal(1, 2, B, T, D)
@@ -153,6 +155,7 @@ def test_one_step_is_traced_once_for_all_positions():
     assert traces == [(B, 1, D)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_decoder_s_own_tokens_are_in_causal_order_without_being_told(window):
     config, params = layer_of({"position": "rotary", "sliding_window": window})
@@ -163,6 +166,7 @@ def test_a_decoder_s_own_tokens_are_in_causal_order_without_being_told(window):
     assert_close(jnp.concatenate(outputs, 1), one_pass(params, config), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
 def test_where_a_cache_says_so_a_chunk_sees_itself_and_the_past(position):
     config, params = layer_of({"position": position})
@@ -183,6 +187,7 @@ def test_where_a_cache_says_so_a_chunk_sees_itself_and_the_past(position):
     assert_close(causal, expected[:, 9:], "float32")
 
 
+@pytest.mark.slow
 def test_scores_over_the_cache_s_slots():
     config, params = layer_of({"position": "rotary"})
     call = dict(config=config, use_causal_mask=True, return_attention_scores=True)
@@ -211,6 +216,7 @@ def test_memory_of_windows_and_of_grouped_heads():
 # --- beams, modules, encoders -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reorder_for_beam_search():
     config, params = layer_of({"position": "rotary", "num_kv_heads": 2})
     step = lambda x, cache: multi_head_attention(
@@ -238,6 +244,7 @@ def test_the_linen_module_decodes():
     assert_close(jnp.concatenate(outputs, 1), one_pass(params, config), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -286,6 +293,7 @@ def test_queries_beside_an_encoder_stand_where_the_cache_counts(fields, use_caus
         np.testing.assert_array_equal(cache.length, taken)
 
 
+@pytest.mark.slow
 def test_padding_in_front_of_a_query_counts_as_it_does_in_one_pass():
     config = MultiHeadAttentionConfig(num_heads=4, key_dim=H, position="rotary")
     params = random_params(param_shapes(config, X.shape))
@@ -317,6 +325,7 @@ def test_positions_that_are_told_go_before_those_that_are_counted():
         multi_head_attention(params, X[:, 5:6], None, segment_ids=ids, **call)
 
 
+@pytest.mark.slow
 def test_beams_over_an_encoder_scan_and_vmap():
     """Every example becomes two beams; a scan carries the cache of each sequence under vmap."""
     config = MultiHeadAttentionConfig(num_heads=4, key_dim=H, position="rotary")
@@ -359,6 +368,7 @@ def test_an_encoder_is_projected_once(position):
     assert_close(output, expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B", [1, 3])
 def test_a_step_copies_no_cache(B):
     """Donated, the cache is written in place: what a step needs besides is far smaller.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 import flax_mha
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,6 +36,7 @@ print(flax_mha.__file__, flax_mha.__version__)
 """
 
 
+@pytest.mark.slow
 def test_a_plain_copy_of_the_folder_imports(tmp_path):
     """As people copy a package into Colab: not installed, and so without metadata."""
     shutil.copytree(PACKAGE, tmp_path / "flax_mha", ignore=shutil.ignore_patterns("__pycache__"))

@@ -49,6 +49,7 @@ def test_params_are_the_functional_params(config, key):
     assert kinds == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
 
 
+@pytest.mark.slow
 @EVERY_CONFIG
 @pytest.mark.parametrize("key", [None, KEY], ids=["shared", "own-key"])
 def test_apply_equals_the_function(config, key):
@@ -139,6 +140,7 @@ def test_training_needs_no_key_without_dropout():
     assert_close(trained, module.apply(variables, QUERY, VALUE), "float32")
 
 
+@pytest.mark.slow
 def test_dropout_stream():
     module, variables = dropout_module()
 

@@ -56,6 +56,7 @@ def train_linen(layer, variables):
     return lora, losses
 
 
+@pytest.mark.slow
 def test_linen_trains_the_adapters_alone():
     layer = MultiHeadAttention(**SIZES, lora=LORA)
     variables = variables_of(layer)

@@ -37,6 +37,7 @@ def run(*command, **environment):
     )
 
 
+@pytest.mark.slow
 def test_it_prints_everything_without_any_extra():
     result = run("-c", BARE)
     assert (result.returncode, result.stderr) == (0, "")
@@ -87,12 +88,14 @@ def test_a_long_name_has_its_line_below(name):
     assert len({len(line) - len(line.lstrip()) for line in lines[1:]}) == 1
 
 
+@pytest.mark.slow
 def test_a_platform_that_is_not_there_is_said():
     result = run("-m", "flax_mha", JAX_PLATFORMS="tpu")
     assert result.returncode == 0
     assert "JAX runs on nothing, with JAX_PLATFORMS=tpu" in " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_it_takes_no_other_argument():
     result = run("-m", "flax_mha", "train")
     assert (result.returncode, result.stdout) == (2, "")

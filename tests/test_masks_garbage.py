@@ -64,6 +64,7 @@ def with_garbage(names, garbage):
     return tuple(arrays.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(("call", "names"), HIDDEN.values(), ids=list(HIDDEN))
 def test_garbage_in_padding_reaches_nothing(call, names, config):

@@ -51,6 +51,7 @@ def test_what_32_bits_would_cut_is_refused(call):
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64", "uint64"])
 def test_ids_of_every_type(dtype):
     """3000000000 fits uint32 alone; the others hold 100."""
@@ -70,6 +71,7 @@ def test_types_that_no_type_of_32_bits_holds_are_not_compared():
             Mask.segments(unsigned.astype("uint64"), signed.astype("int64"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [16, 128])  # of 128, blocks compare the ids
 def test_64_bits_are_kept_where_jax_keeps_them(length):
     x = normal(2, 1, length, 2, 4)

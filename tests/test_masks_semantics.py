@@ -82,6 +82,7 @@ def test_empty_rows_have_zero_context_and_weights(call, rows):
     assert np.abs(scores).sum() > 0
 
 
+@pytest.mark.slow
 @EVERY_EMPTY_ROW
 def test_empty_rows_have_finite_gradients_and_pass_none_to_their_query(call, rows):
     every = gradients(**call)
@@ -130,6 +131,7 @@ def test_causal_outputs_do_not_depend_on_the_future(window):
     assert np.abs(layer(QUERY, VALUE, KEY, config=config)[:, :3] - prefix).max() > 0.01
 
 
+@pytest.mark.slow
 def test_causal_gradient_of_the_future_is_exactly_zero():
     jacobian = jax.jacobian(
         lambda value, key: layer(value=value, key=key, use_causal_mask=True)[0]
@@ -140,6 +142,7 @@ def test_causal_gradient_of_the_future_is_exactly_zero():
     assert_identical(jacobian[:, :, 1], jnp.zeros((T, D, S, M)))
 
 
+@pytest.mark.slow
 def test_masked_gradients_are_exactly_zero():
     """A key that no query may attend, a query that may attend no key: no gradient reaches them."""
     mask = booleans(1, B, N, T, S).at[:, :, :, 4].set(False).at[:, :, 2].set(False)

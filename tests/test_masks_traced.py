@@ -62,6 +62,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_integers_with_a_sign_are_refused_where_their_values_are_hidden(way):
     additive = jnp.where(REAL, 0, -10000)

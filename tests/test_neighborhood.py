@@ -62,6 +62,7 @@ def dense(mask, T):
 # --- who sees whom ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_mask_is_that_of_the_loops(name):
     allowed_TS = neighbors(*GRIDS[name])
@@ -241,6 +242,7 @@ def test_intervals_leave_out_no_pair_and_call_none_whole_that_is_not(name, sizes
         assert whole[i, j] <= block.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "window", "sizes", "visited"),
     [
@@ -266,6 +268,7 @@ def test_groups_of_rows_that_never_meet_are_left_out():
     np.testing.assert_array_equal(found.some, found.whole)  # rows are whole: no tile is asked
 
 
+@pytest.mark.slow
 def test_no_buffer_of_all_pairs():
     """T = 4,096, forward and backward: no array is near the size of [T, T]."""
     mask, T = Mask.neighborhood((64, 64), (7, 7)), 4096

@@ -160,6 +160,7 @@ def test_call_equals_the_function_and_the_linen_module(config):
     assert_close(results[0], output, config.dtype or "float32")
 
 
+@pytest.mark.slow
 def test_every_call_argument_reaches_the_function():
     config = CONFIGS["default"]
     layer = filled(config, key=(S, C))
@@ -339,6 +340,7 @@ def test_split_and_merge():
     assert_close(merged(x, x), expected, "float32")
 
 
+@pytest.mark.slow
 def test_one_step_of_an_optimizer():
     layer = filled(CONFIGS["default"])
     before, transformation = layer.params, optax.sgd(0.1)

@@ -187,6 +187,7 @@ warnings.warn("beware")
 """
 
 
+@pytest.mark.slow
 @of_the_client
 def test_the_kernel_is_fresh_on_the_cpu_and_sees_this_checkout():
     notebook = rules.executed(new_notebook(cells=[new_code_cell(PROBE)]))

@@ -97,6 +97,7 @@ def test_seeded_initial_values_are_keras_s(initializer):
         np.testing.assert_allclose(ours[name][leaf], weight, rtol=2e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_glorot_bound_is_that_of_the_true_axes():
     """Keras 3.15 gives 0.08839 for (256, 8, 64), where 3.14 gave 0.01804."""
     config = MultiHeadAttentionConfig(8, 64)
@@ -147,6 +148,7 @@ def test_biases_by_name_are_the_only_ones():
         )
 
 
+@pytest.mark.slow
 def test_a_bias_that_is_absent_is_one_of_zeros_in_every_form():
     config = MultiHeadAttentionConfig(3, 11, use_bias=("query", "value"), use_gate=True)
     x = jax.random.normal(jax.random.key(1), QUERY)

@@ -79,6 +79,7 @@ def test_params_of_every_dtype_come_back_bit_for_bit(saved, tmp_path):
     assert_same_bits(saved(tree, like, tmp_path), tree)
 
 
+@pytest.mark.slow
 @FORMATS
 def test_what_one_module_saves_another_restores(saved, tmp_path):
     """linen's variables to an nnx layer, and back, with equal outputs."""
@@ -95,6 +96,7 @@ def test_what_one_module_saves_another_restores(saved, tmp_path):
     np.testing.assert_array_equal(linen.apply({"params": again}, *INPUTS), expected)
 
 
+@pytest.mark.slow
 def test_an_nnx_layer_with_its_dropout_stream(tmp_path):
     """The whole state: training goes on with the mask that would have come next."""
     constant = {"class_name": "Constant", "config": {"value": 0.1}}

@@ -30,7 +30,14 @@ def test_blocks_are_found():
     assert len(BLOCKS) == sum(found.values()) >= 14
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+# Those of the guides run with the slow tests, all of them.
+ROWS = [
+    pytest.param(name, marks=[] if name.startswith("README") else pytest.mark.slow)
+    for name in BLOCKS
+]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_block_runs_and_prints_what_it_says(name, capsys, tmp_path, monkeypatch):
     page, block = BLOCKS[name]
     checkpoints.write(tmp_path / "my_model")  # which the README takes for the reader's own

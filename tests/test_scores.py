@@ -19,6 +19,7 @@ PARAMS = random_params(param_shapes(CONFIG, QUERY.shape, VALUE.shape, KEY.shape)
 ROWS = jnp.array([3, 0, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "call"),
     [

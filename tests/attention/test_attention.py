@@ -83,6 +83,7 @@ def test_forward_is_the_oracle_s(name, implementation, block_sizes):
         assert_close(result[1], weights, "float32", "weights")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["long causal", "all masks", "bias", "dropout", "grouped heads"])
 def test_16_bits(name, dtype, implementation):
@@ -93,6 +94,7 @@ def test_16_bits(name, dtype, implementation):
     assert_close(result, case.expected(arrays)[0], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["long causal", "soft cap", "grouped heads", "dropout"])
 def test_16_bit_gradients(name, dtype, implementation):
@@ -111,6 +113,7 @@ def test_16_bit_gradients(name, dtype, implementation):
         assert_close(gradient, expected[name], dtype, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["long causal", "all masks", "grouped heads", "dropout"])
 def test_float64(name, implementation):
     case = CASES[name]
@@ -163,6 +166,7 @@ def test_gradients_are_the_oracle_s_slopes(case, implementation, block_sizes):
         np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all masks", "bias", "grouped heads"])
 def test_jvp_is_the_gradient_s_transpose(name, implementation):
     case = CASES[name]
@@ -217,6 +221,7 @@ def test_huge_logits_stay_finite(implementation):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_queries_are_scaled_in_float32(dtype, implementation):
     """1 / sqrt(11) is no power of two: a query scaled in its own dtype would be rounded again."""
@@ -227,6 +232,7 @@ def test_16_bit_queries_are_scaled_in_float32(dtype, implementation):
     np.testing.assert_allclose(residuals.row_max_BNT, exact / np.sqrt(11), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_any_number_of_batch_axes(batch, implementation):
     query, key, value = (

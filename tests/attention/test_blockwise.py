@@ -42,6 +42,7 @@ def test_memory_is_linear_where_the_reference_is_quadratic(rate):
     assert growth["blockwise"] < 4.5  # 4 is linear
 
 
+@pytest.mark.slow
 def test_memory_target_of_16384_tokens():
     """Forward and backward with 8 heads of 64: at most 256 MB of temporaries."""
     x = jax.ShapeDtypeStruct((1, 16384, 8, 64), jnp.float32)
@@ -50,6 +51,7 @@ def test_memory_target_of_16384_tokens():
     assert compiled.memory_analysis().temp_size_in_bytes <= 256e6
 
 
+@pytest.mark.slow
 def test_memory_of_packed_sequences_is_linear():
     """Which queries meet NaN of a token in their own segment is found without `[T, S]`."""
 
@@ -64,6 +66,7 @@ def test_memory_of_packed_sequences_is_linear():
     assert many < 16384**2 / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1100, 1280])
 def test_a_broken_token_of_a_long_packed_sequence(T):
     """Of many queries, looked at in parts: all of the segment are NaN, and no other."""
@@ -119,6 +122,7 @@ def test_none_chooses_by_size_and_says_so():
     assert explain(*call(128), return_weights=True)["reference"].startswith("ok, and None")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_sizes", [(3, 7), (5, 1), (1, 6)])
 def test_without_dropout_a_block_has_any_size(block_sizes):
     arrays = [normal(seed, 2, 17, N, H) for seed in range(3)]

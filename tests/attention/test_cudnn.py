@@ -300,6 +300,7 @@ def test_a_mask_holds_beside_a_bias_of_any_size(shift, dtype, by_xla):
         assert_close(gradients[name], slope, dtype, name)
 
 
+@pytest.mark.slow
 @needs_bias
 @pytest.mark.parametrize("least", [-np.inf, -1e9, float(np.finfo("float32").min)])
 def test_an_additive_mask_of_any_kind(least, by_xla):
@@ -313,6 +314,7 @@ def test_an_additive_mask_of_any_kind(least, by_xla):
     assert all(np.isfinite(x).all() for x in gradients.values())
 
 
+@pytest.mark.slow
 @needs_bias
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_what_a_padded_key_adds_moves_nothing(dtype, by_xla):
@@ -326,6 +328,7 @@ def test_what_a_padded_key_adds_moves_nothing(dtype, by_xla):
     assert cudnn.FORBIDDEN[dtype] <= given.min() < given.max() == 0
 
 
+@pytest.mark.slow
 @needs_bias
 def test_a_bias_is_rounded_near_0_where_weights_are_large(by_xla):
     """ALiBi over 4096 keys: in bfloat16 -2000.6 is -2000, and -4 to -0 would all be some -2048."""

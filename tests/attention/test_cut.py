@@ -193,6 +193,7 @@ def _long(call):
     return call | dict(mask=mask, bias=normal(3, 1, N, 130, 130))
 
 
+@pytest.mark.slow
 def test_weights_and_residuals_stand_where_the_query_s_do():
     arrays, mesh = arrays_of(B), mesh_of(2, 2)
     asked = dict(return_weights=True, return_residuals=True, **CALLS["plain"])

@@ -137,12 +137,14 @@ def test_each_order_of_each_case(name, derivative):
     check(DERIVATIVES[derivative], CASES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", ["jvp", "gradient", "reverse_over_reverse"])
 @pytest.mark.parametrize("name", ["long causal", "all masks", "sinks"])
 def test_of_the_residuals_too(name, derivative):
     check(DERIVATIVES[derivative], CASES[name], with_residuals=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e9, np.finfo("float32").min / 2], ids=str)
 def test_a_shift_of_a_row_s_logits_moves_no_derivative(shift):
     """Beside a row_max of 1e9 float32 has no digit left for a sum: both say the same of it."""
@@ -156,6 +158,7 @@ def test_a_shift_of_a_row_s_logits_moves_no_derivative(shift):
     assert_alike(attend, x, d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["padding", "segments"])
 def test_garbage_reaches_no_derivative(kind):
     """NaN at removed positions, in the arrays and in the direction."""
@@ -182,6 +185,7 @@ def assert_alike(attend, x, d):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["query", "value", "bias"])
 def test_of_one_array_alone(name):
     """What is not asked for is not moved, and has no gradient."""
@@ -201,6 +205,7 @@ def test_of_one_array_alone(name):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", ["query", "all but the value", "direction"])
 def test_vmap_of_a_hessian_product(mapped):
     """Arrays that all examples share, and those that they do not, in any derivative."""

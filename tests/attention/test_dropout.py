@@ -23,6 +23,7 @@ def mask(rate=0.25, shape=SHAPE, start=(0, 0, 0, 0), dropout_key=None):
     return np.asarray(keep_mask(words_of(dropout_key), rate, shape, start))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 7, 5), (1, 2, 8, 16), (2, 1, 40, 3)])
 @pytest.mark.parametrize("start", [(0, 0, 0, 0), (0, 1, 32, 5), (1, 0, 32, 0)])
 def test_any_tile_holds_the_same_bits(shape, start):
@@ -34,6 +35,7 @@ def test_any_tile_holds_the_same_bits(shape, start):
     np.testing.assert_array_equal(tile, whole)
 
 
+@pytest.mark.slow
 def test_a_traced_start_gives_the_same_bits():
     word_2 = words_of(jax.random.key(3))
     tile = jax.jit(lambda t, s: keep_mask(word_2, 0.25, (2, 3, 8, 12), (0, 0, t, s)))
@@ -52,6 +54,7 @@ def test_the_draws_are_defined_by_the_words_of_their_place():
         assert kept[b, n, t, s] == (bits < 0.75 * 2**16), (b, n, t, s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_rate(rate):
     kept = mask(rate, (4, 4, 128, 128))
@@ -59,6 +62,7 @@ def test_rate(rate):
     assert abs(kept.mean() - (1 - rate)) <= 5 * sigma + 2**-17
 
 
+@pytest.mark.slow
 def test_every_position_draws_by_itself():
     """No two rows, columns, heads, examples or neighbours share their bits."""
     kept = mask(0.5, (4, 4, 64, 64)).astype(float) * 2 - 1
@@ -103,6 +107,7 @@ def test_every_kind_of_key_works(make):
     assert 0.6 < mask(0.3, dropout_key=make(0)).mean() < 0.8
 
 
+@pytest.mark.slow
 def test_vmap_over_keys_is_a_loop():
     keys = jax.random.split(jax.random.key(0), 3)
     stacked = jax.vmap(lambda dropout_key: keep_mask(words_of(dropout_key), 0.25, SHAPE))(keys)
@@ -110,6 +115,7 @@ def test_vmap_over_keys_is_a_loop():
         np.testing.assert_array_equal(kept, mask(dropout_key=dropout_key))
 
 
+@pytest.mark.slow
 def test_kept_weights_are_divided_and_the_weights_returned_are_not():
     query, key = jax.random.normal(jax.random.key(0), (2, *SHAPE[:1], 40, 3, 8))
     one_hot = jnp.broadcast_to(jnp.eye(40)[None, :, None], (2, 40, 3, 40))
@@ -123,6 +129,7 @@ def test_kept_weights_are_divided_and_the_weights_returned_are_not():
 # --- one mask for all examples and heads --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_shared_mask_is_that_of_the_first_example_and_head():
     key = jax.random.key(3)
     shared = np.asarray(keep_mask(words_of(key), 0.25, SHAPE, shared=True))
@@ -162,6 +169,7 @@ def test_every_implementation_shares_one_mask(call):
     assert_trees_close(each, whole[0], "float32")
 
 
+@pytest.mark.slow
 def test_shared_dropout_without_a_key_or_a_rate_is_none():
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
     quiet = dot_product_attention(x, x, x)
@@ -193,6 +201,7 @@ def test_an_origin_shifts_a_tile_wherever_it_is(start, traced):
     np.testing.assert_array_equal(kept, mask()[b : b + 1, n : n + 1, t + 4 : t + 11, s : s + 2])
 
 
+@pytest.mark.slow
 def test_positions_beyond_31_bits_count_on():
     """Two tiles that overlap there; and beyond 2^31 the bits are not those of the beginning."""
     word_2 = words_of(jax.random.key(3))
@@ -211,6 +220,7 @@ def at_traced(word_2, t):
     return keep_mask(word_2, 0.5, (3, 3, 8, 8), origin_4=start_of((0, 0, t, 0)))
 
 
+@pytest.mark.slow
 def test_a_shared_mask_looks_at_t_and_s_alone():
     word_2 = words_of(jax.random.key(3))
     tile = keep_mask(word_2, 0.25, (2, 2, 8, 5), (1, 1, 0, 0), True, start_of((7, 9, 13, 7)))
@@ -224,6 +234,7 @@ def arrays():
     return query, key, one_hot  # the context is the weights that stay
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize(
     ("call", "check_vma"),
@@ -252,6 +263,7 @@ def test_a_shard_map_draws_the_bits_of_the_whole(sizes, call, check_vma):
     assert_trees_close((context, gradients), expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call", [{"implementation": "reference"}, BLOCKS], ids=["reference", "blockwise"]
 )
@@ -279,6 +291,7 @@ def test_a_length_that_is_cut_anywhere(call):
     np.testing.assert_array_equal(rows == 0, whole[:, -5:] == 0)
 
 
+@pytest.mark.slow
 def test_without_a_start_every_shard_draws_the_bits_of_the_first():
     """As the docstring says; a key of its own is the other remedy."""
     cut = [x.reshape(4, 2, *x.shape[1:]) for x in arrays()]
@@ -318,3 +331,17 @@ def test_a_start_that_is_none_is_refused(start, error, message):
     for attend in (dot_product_attention, explain):
         with pytest.raises(error, match=message):
             attend(x, x, x, dropout_start=start)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_rate_of_zero_draws_nothing(implementation):
+    """Its results would be the same, so the program must show it: nobody reads the key."""
+    x = jnp.ones((1, 4, 2, 8))
+
+    def program(rate):
+        call = dict(dropout_rate=rate, implementation=implementation)
+        attend = lambda key: dot_product_attention(x, x, x, dropout_key=key, **call)
+        return str(jax.make_jaxpr(attend)(jax.random.key(0)))
+
+    assert "random_" in program(0.1)
+    assert "random_" not in program(0.0)

@@ -64,12 +64,14 @@ def test_context_and_gradients(name):
     assert_beside(arrays_of(T, S), "blockwise", 2e-6, block_sizes=BLOCKS, **CALLS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_head_a_lane")
 def test_bfloat16():
     arrays = arrays_of(T, S, dtype="bfloat16")
     assert_beside(arrays, "blockwise", is_causal=True, block_sizes=BLOCKS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_head_a_lane")
 def test_float64_in_x64():
     """Where an index might have 64 bits and the other 32."""
@@ -82,6 +84,7 @@ def test_float64_in_x64():
             np.testing.assert_allclose(found[name], x, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_head_a_lane")
 def test_vmap_over_queries_alone():
     arrays = arrays_of(T, S)
@@ -97,6 +100,7 @@ def test_vmap_over_queries_alone():
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_head_a_lane")
 def test_keys_and_values_of_int8(monkeypatch):
     """Their scales stand apart as well: a prompt of several blocks on a cache that holds one."""
@@ -114,6 +118,7 @@ def test_keys_and_values_of_int8(monkeypatch):
     np.testing.assert_allclose(outputs["blockwise"], outputs["reference"], atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_head_a_lane")
 @pytest.mark.parametrize(("T", "S"), [(16, 72), (72, 16)])
 def test_what_a_single_block_reads_stays_where_it_is(T, S, monkeypatch):

@@ -47,6 +47,7 @@ def test_two_parts_are_the_whole(split, implementation):
     assert_close(residuals.row_sum_BNT, row_sum, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_the_gradient_passes_through_both_parts(implementation):
     with x64():
@@ -58,6 +59,7 @@ def test_the_gradient_passes_through_both_parts(implementation):
         assert_trees_close(gradient, jax.jit(jax.grad(loss(whole)))(arrays), "float64")
 
 
+@pytest.mark.slow
 def test_large_logits_and_16_bits_merge_in_float32():
     query, key, value = (x.astype("bfloat16") for x in ARRAYS)
     both = merged(query * 100, key, value, split=4)

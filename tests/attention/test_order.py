@@ -89,6 +89,7 @@ def assert_same(call, arrays, dtype, block_sizes):
         assert_close(ours, slope, dtype, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("everything else", "bfloat16")])
 def test_a_case_forward_and_backward(name, dtype):
     test_every_case_forward_and_backward(name, dtype)
@@ -113,6 +114,7 @@ T, S, N, K = 21, 30, 6, 2
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
@@ -157,6 +159,7 @@ def test_a_row_s_shift_changes_nothing(shift, dtype):
         assert_close(gradients[0][name], slope, dtype, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_weights_that_multiply_the_values_sum_to_one(dtype):
     """What is summed are the 16-bit numbers that are multiplied: the mean of ones is 1 exactly."""
@@ -169,6 +172,7 @@ def test_the_weights_that_multiply_the_values_sum_to_one(dtype):
     assert_close(rows.row_sum_BNT, exact.row_sum_BNT, dtype)
 
 
+@pytest.mark.slow
 def test_garbage_that_padding_removes_reaches_nothing():
     real = jnp.arange(40)[None] < jnp.array([[24], [31]])
     arrays = heads("bfloat16", 40, 40, 2, 2)

@@ -28,6 +28,7 @@ Z = MASKS["causal"].sizes()
 DISTANCE = np.arange(Z.S) - np.arange(Z.T)[:, None]
 
 
+@pytest.mark.slow
 @PLAIN
 def test_the_flags_of_the_call_join_the_function(implementation, blocks):
     mask = Mask.function(lambda b, n, t, s: (t + s) % 2 == 0)
@@ -39,6 +40,7 @@ def test_the_flags_of_the_call_join_the_function(implementation, blocks):
     assert_close(result, wanted, "float32")
 
 
+@pytest.mark.slow
 @PLAIN
 def test_the_score_comes_after_cap_and_biases_and_before_the_mask(implementation, blocks):
     """logits = score(cap(scale q.k) + bias), and a mask has the last word over a score."""
@@ -77,6 +79,7 @@ def test_a_score_of_another_float(dtype, implementation, blocks):
             np.testing.assert_array_equal(ours, wanted)
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize("name", ["ALiBi", "relative table", "forbids"])
 def test_a_score_and_a_function_as_mask(name, implementation, blocks):
@@ -163,6 +166,7 @@ def test_a_mask_shown_is_the_one_that_acts(name):
     np.testing.assert_array_equal(shown, allowed_by_loops(example, sizes, split(wide(arrays))[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOINED)
 def test_laws_of_the_algebra(name):
     """Beside causality: De Morgan, absorption; nothing is in a mask and in its complement."""

@@ -204,6 +204,7 @@ def same_as(allowed, **call):
     np.testing.assert_allclose(attend(**call), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_numpy_s_arrays_through_jnp(implementation):
     """float64 and int64 of numpy, x64 off: numbers of 32 bits, as everywhere in JAX."""

@@ -102,6 +102,7 @@ def test_context_and_gradients_are_the_dense_form_s(name, implementation, scale,
         assert_all_close(results, expected(CASES[name], scale), "float32", name)
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize(
     "name",
@@ -128,6 +129,7 @@ def test_float64(name, implementation, blocks):
         assert_all_close(results, expected(example, dtype="float64"), "float64", name)
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize(
     "name", ["mask, prefix-LM", "joined, far and causal", "score, ALiBi", "score, relative table"]
@@ -211,6 +213,7 @@ ANY_LENGTH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "T", "S", "implementation", "blocks"),
     [

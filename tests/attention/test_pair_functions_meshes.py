@@ -41,6 +41,7 @@ FUNCTIONS = [
 ]
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -82,6 +83,7 @@ def close(results, wanted):
         assert_close(one, other, "float32")
 
 
+@pytest.mark.slow
 def test_a_shard_map_of_the_caller_s():
     """An array that is cut like the tokens is looked up by the device's own b and n."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -90,6 +92,7 @@ def test_a_shard_map_of_the_caller_s():
     close(gradients(cut, *arrays(), SLOPES), gradients(attend_to_first, *arrays(), SLOPES))
 
 
+@pytest.mark.slow
 def test_a_shard_map_of_the_caller_s_with_whole_arrays():
     """One that is whole needs the number of the device's first example: b begins at 0 on each."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -104,6 +107,7 @@ def test_a_shard_map_of_the_caller_s_with_whole_arrays():
     close(gradients(cut, *arrays(), SLOPES), gradients(attend_to_first, *arrays(), SLOPES))
 
 
+@pytest.mark.slow
 def test_a_band_is_found_within_a_shard_map():
     """Of a function that closes over nothing, by a program that runs while the call is traced."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))

@@ -17,6 +17,7 @@ Z = MASKS["causal"].sizes()
 DISTANCE = np.arange(Z.S) - np.arange(Z.T)[:, None]
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize("name", ["score, relative table", "score, learned cap", "mask, document"])
 def test_vmap_over_what_is_closed_over(name, implementation, blocks):
@@ -43,6 +44,7 @@ def test_vmap_over_what_is_closed_over(name, implementation, blocks):
             assert_close(ours[i], wanted, "float32", name)
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize("symbols", ["b", "b, t"])
 def test_export_leaves_sizes_open(symbols, implementation, blocks):
@@ -64,6 +66,7 @@ def test_export_leaves_sizes_open(symbols, implementation, blocks):
         assert_close(ours, wanted, "float32", symbols)
 
 
+@pytest.mark.slow
 @PLAIN
 def test_vmap_over_the_examples(implementation, blocks):
     """The ids of one example, under vmap, are the ids of all with `b`."""
@@ -78,6 +81,7 @@ def test_vmap_over_the_examples(implementation, blocks):
     assert_close(result, expected(MASKS["document"])["context"], "float32")
 
 
+@pytest.mark.slow
 @PLAIN
 def test_the_gradient_as_a_user_takes_it(implementation, blocks):
     def loss(table):
@@ -168,6 +172,7 @@ def dense_documents(ids):
     return (ids[:, None, :, None] == ids[:, None, None, :]) & np.ones((1, 4, 1, 1), bool)
 
 
+@pytest.mark.slow
 @PLAIN
 @pytest.mark.parametrize(
     "join",

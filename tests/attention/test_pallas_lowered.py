@@ -66,6 +66,7 @@ def test_a_program_of_x64():
     assert kernels_in(gradient) == set(KERNELS)
 
 
+@pytest.mark.slow
 def test_other_derivatives_run_by_blocks():
     arrays = arrays_of(130, 130)
     text = text_of(lambda x: jax.jvp(loss, (x,), (x,)), arrays)
@@ -99,6 +100,7 @@ def test_without_a_kernel_for_the_call_none_takes_blocks():
     assert "tpu_custom_call" not in text_of(loss, arrays_of(64, 64))
 
 
+@pytest.mark.slow
 def test_over_devices_that_xla_cuts():
     """Named it is refused, for XLA cannot cut a kernel; None takes blocks."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
@@ -120,6 +122,7 @@ def test_over_devices_that_xla_cuts():
     assert kernels_in(gradient) == {"flax_mha_forward", "flax_mha_backward"}
 
 
+@pytest.mark.slow
 def test_functions_of_pairs_over_the_devices_of_a_shard_map():
     """What varies over devices, and what is the same on all and gets a gradient of their sum."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))

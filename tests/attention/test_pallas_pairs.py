@@ -121,6 +121,7 @@ def test_holes(name):
     assert_same(lambda a: dict(mask=mask, bias=a["bias"]), {"bias": normal(3, 1, 4, 1, S)})
 
 
+@pytest.mark.slow
 def test_a_tile_in_a_hole_is_not_computed():
     """A weight of 0 times NaN is NaN, and the values of keys 128 ... 383 are met by no tile."""
     value = ARRAYS["value"].at[:, 128:384].set(jnp.nan)
@@ -142,6 +143,7 @@ def plan_of(Q, J):
     return Plan(**sizes, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_lists_hold_each_tile_once(seed):
     Q, J, plan = 4, 7, plan_of(4, 7)

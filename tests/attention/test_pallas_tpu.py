@@ -177,6 +177,7 @@ def kept(key, start=None, shape=(2, 4, 150, 140), blocks=(128, 128), **call):
 STARTS = {"none": None, "traced": (1, 2, 45, 11), "far": (7, 0, 2**32 - 40, 2**32 - 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_dropout_draws_the_bits_of_their_positions(start):
     start_4 = None if STARTS[start] is None else jnp.array(STARTS[start], "uint32")

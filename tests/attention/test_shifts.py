@@ -201,12 +201,14 @@ def test_a_row_s_shift_changes_nothing(name, dtype, implementation):
     check(name, implementation, dtype, shifts_of(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, x in FULL.items() if "distance_bias" in x.call])
 @pytest.mark.parametrize("implementation", QUICK)
 def test_a_shift_of_all_distances_changes_nothing(name, implementation):
     check(name, implementation, "float32", shifts_of(name), by="values")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bias", "all masks", "sinks"])
 @pytest.mark.parametrize("implementation", QUICK)
 def test_in_float64_and_without_jit(name, implementation):
@@ -214,6 +216,7 @@ def test_in_float64_and_without_jit(name, implementation):
         check(name, implementation, "float64", (0.0, 1e12, -1e16, 1e300), jit=lambda f: f)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [1e4, 1e7, -1e8, 1e30, LEAST])
 @pytest.mark.parametrize("implementation", QUICK)
 def test_merged_parts_do_not_see_it_either(shift, implementation):
@@ -250,6 +253,7 @@ def test_the_least_number_of_a_dtype_as_a_mask(name, implementation):
     np.testing.assert_allclose(sums, 128, rtol=1e-5)  # the weights of each of 128 rows sum to 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [300.0, 3000.0, 1e4, 1e10])
 @pytest.mark.parametrize("H", [48, 64, 128])
 @pytest.mark.parametrize("implementation", QUICK)

@@ -42,6 +42,7 @@ def pairs(function):
     return np.asarray(t - s)[np.asarray(function(b, n, t, s))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_pair_lies_beyond(name):
     """And it is two blocks wider than it must be at most, where the distance is what counts."""
@@ -106,6 +107,7 @@ def test_the_numbers_are_those_of_the_reference(name):
     np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_a_band_from_elsewhere_it_is_left_alone():
     """The plain part counts from its own offset; a band of the function's would be shifted too."""
     x = jax.random.normal(jax.random.key(0), (1, 40, 1, 8))

@@ -11,6 +11,14 @@ from jax import export
 
 from flax_mha import Mask
 from flax_mha.attention.blockwise.attend import _widest
+from flax_mha.attention.blockwise.call import (
+    of_keys,
+    of_queries,
+    of_rows,
+    put_keys,
+    put_queries,
+    put_rows,
+)
 from flax_mha.attention.blockwise.engine import Blocks
 from flax_mha.attention.blockwise.programs import Forward
 from flax_mha.attention.blockwise.signature import Facts, Signature
@@ -36,6 +44,7 @@ def visited(spans):
     return dict(blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offsets", [[0], [5], [-4], [-4, 0, 5]], ids=str)
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_spans_are_the_blocks_that_the_band_leaves(band, offsets):
@@ -69,6 +78,7 @@ def test_causal_visits_half_of_the_tiles_and_masks_the_diagonal_alone():
     assert [sum(blocks.values()) for blocks in seen] == [1] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("b", "k"), [(1, 1), (1, 3), (2, 3), (4, 3)])
 def test_a_tile_s_mask_is_the_mask_s_tile(b, k):
     B, K, G, T, S, t, s = 4, 3, 2, 16, 16, 8, 4
@@ -211,3 +221,34 @@ def test_the_numbers_are_the_same_elsewhere(is_causal):
     here, elsewhere = (Forward(Blocks(), signature).run(known, [], place) for place in places)
     assert (tilings[0].lanes, tilings[1].lanes) == (1, 1)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32"), elsewhere, here)
+
+
+def test_query_spans_follow_the_offset():
+    """Forward sees `key_spans` alone: a gradient through several key blocks, these."""
+    tiling = Tiling(B=1, K=1, G=1, T=16, S=16, b=1, k=1, t=4, s=4)
+    for offset, first in ((5, [0, 0, 0, 1]), (-6, [1, 2, 3, 4])):
+        mask = Mask.causal(jnp.array([offset]))
+        seen = [visited(query_spans(tiling, mask, jnp.int32(0), jnp.int32(j))) for j in range(4)]
+        assert [sorted(blocks) for blocks in seen] == [list(range(i, 4)) for i in first], offset
+
+
+def test_several_tiles_of_grouped_heads_are_cut_and_put_together_again():
+    """Key/value head k has the query heads k G to k G + G - 1, in whatever tile it falls."""
+    B, K, G, T, S, F = 2, 4, 3, 8, 8, 5
+    tiling = Tiling(B=B, K=K, G=G, T=T, S=S, b=1, k=2, t=4, s=4)
+    x_BTNF, x_BSKF, x_BNT = normal(0, B, T, K * G, F), normal(1, B, S, K, F), normal(2, B, K * G, T)
+    again = [jnp.zeros_like(x) for x in (x_BTNF, x_BSKF, x_BNT)]
+    for b, k, i in itertools.product(range(B), (0, 2), (0, 4)):
+        tile = Tile(*map(jnp.int32, (b, k, i, i)))
+        heads, rows = slice(k * G, (k + 2) * G), slice(i, i + 4)
+        queries, keys = of_queries(tiling, x_BTNF, tile), of_keys(tiling, x_BSKF, tile)
+        row_bkr = of_rows(tiling, x_BNT, tile)
+        expected = x_BTNF[b : b + 1, rows, heads].swapaxes(1, 2).reshape(1, 2, G * 4, F)
+        np.testing.assert_array_equal(queries, expected)
+        np.testing.assert_array_equal(keys[0], x_BSKF[b, rows, k : k + 2].swapaxes(0, 1))
+        np.testing.assert_array_equal(row_bkr, x_BNT[b, heads, rows].reshape(1, 2, G * 4))
+        again[0] = put_queries(tiling, again[0], queries, tile)
+        again[1] = put_keys(again[1], keys, tile)
+        again[2] = put_rows(tiling, again[2], row_bkr, tile)
+    for found, x in zip(again, (x_BTNF, x_BSKF, x_BNT)):
+        np.testing.assert_array_equal(found, x)

@@ -44,6 +44,7 @@ def test_operations_are_those_of_the_pairs(variant):
     assert backward.flops == 3.5 * forward.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
@@ -83,6 +84,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [x if "bias" in x else slow(x) for x in VARIANTS])
 def test_every_contender_computes_the_textbook_s_numbers(variant):
     size = "8x64x4x8" if "dropout" in variant else SMALL
@@ -113,6 +115,7 @@ def test_every_contender_computes_the_textbook_s_numbers(variant):
                 assert row.error < 1e-5
 
 
+@pytest.mark.slow
 def test_a_rehearsal_prints_its_tables_and_leaves_its_file(tmp_path, capsys, monkeypatch):
     absent = contenders.Source(None, "no_such_package", "torch")
     monkeypatch.setitem(contenders.CONTENDERS, "torch sdpa", absent)
@@ -152,6 +155,7 @@ def wrong(query, key, value, bias, dropout_key):
     return 1.1 * dot_product_attention(query, key, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attend", "status", "reason", "code"),
     [
@@ -186,6 +190,7 @@ def test_what_cannot_be_timed_has_its_reason(
     assert ("WRONG, and not timed: linen" in printed) == (status == "wrong")
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_by_the_exit_code_where_it_is_ours(tmp_path, capsys, monkeypatch):
     attend = raises(jax.errors.JaxRuntimeError("INTERNAL: bad"))
     failing = contenders.CONTENDERS["ours"]._replace(build=lambda case: attend)
@@ -197,6 +202,7 @@ def test_what_fails_is_told_by_the_exit_code_where_it_is_ours(tmp_path, capsys, 
     assert "FAILED, and not timed: ours in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_data_that_do_not_fit(monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
     monkeypatch.setattr(measure, "expect", raises(full))
@@ -212,6 +218,7 @@ def test_a_mistake_of_ours_is_not_a_refusal(monkeypatch):
         measure.measure(Case.parse(f"{SMALL} F"), ("ours",), 0.0, 1)
 
 
+@pytest.mark.slow
 def test_another_dropout_rate_is_wrong(monkeypatch):
     def attend(query, key, value, bias, dropout_key):
         call = dict(dropout_rate=0.8, dropout_key=dropout_key)

@@ -23,6 +23,7 @@ pytestmark = [
 QUICK = ["--skip", "compile", "memory", "import", "--contenders"]
 
 
+@pytest.mark.slow
 def test_a_run_prints_tables_and_leaves_its_files(tmp_path, capsys, monkeypatch):
     absent = peers.Peer("haiku", "no_such_package", "no-such-package")
     monkeypatch.setitem(peers.CONTENDERS, "haiku", absent)
@@ -57,6 +58,7 @@ def test_a_run_prints_tables_and_leaves_its_files(tmp_path, capsys, monkeypatch)
     assert f"{1e3 * row['median']:.4g}" in printed
 
 
+@pytest.mark.slow
 def test_a_wrong_peer_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flax_mha.bench.peers.linen.build", ours_but(factor=1.01))
     arguments = ["--case", f"{SMALL} F", *QUICK, "ours,linen", "--no-plots"]
@@ -70,6 +72,7 @@ def test_a_wrong_peer_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
     assert f"WRONG, and not timed: linen in {SMALL} F: its numbers are wrong" in printed
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_has_its_reason_and_the_others_their_times(tmp_path, monkeypatch):
     def build(case, data):
         raise jax.errors.JaxRuntimeError("INTERNAL: no program\nmore")
@@ -92,6 +95,7 @@ def test_what_is_too_large_is_listed_and_not_run(tmp_path, capsys):
     assert f"linen: unserved: {row['reason']}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_cases(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

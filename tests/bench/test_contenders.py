@@ -90,6 +90,7 @@ def test_every_contender_in_every_variant(name, variant):
         _agree(name, f"{SMALL} {variant}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["FB causal", "F", "F window=2"])
 def test_textbook_is_the_equation_in_float64(variant):
     """Loops over heads and queries in NumPy, against the textbook and so against everyone."""
@@ -126,6 +127,7 @@ def _without_biases(params):
     return {n: {"kernel": p["kernel"], "bias": zeros(p["bias"])} for n, p in params.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

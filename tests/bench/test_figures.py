@@ -54,6 +54,7 @@ def test_rounds_adapt_to_the_seconds():
     assert quick == timing.Plan(rounds=25, calls=10, warm=True)
 
 
+@pytest.mark.slow
 def test_rounds_are_interleaved_and_begin_in_turns():
     order = list(timing.schedule({"a": 4, "b": 4, "c": 2}))
     assert order == ["a", "b", "c", "b", "a", "c", "a", "b", "a", "b"]

@@ -22,6 +22,7 @@ def attention_parts(case):
     return list(tiles.parts_of(case, *tiles.plan_of(case)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -59,6 +60,7 @@ def test_the_products_of_all_tiles_are_the_layers(size, direction, products):
     assert of_projections == (3 if case.gradient else 1) * 4 * 2 * B * T * D * D
 
 
+@pytest.mark.slow
 def test_each_part_is_what_its_name_says():
     case = Case.parse("2x128x32x2 FB causal dropout=0.2")
     tiling, _ = tiles.plan_of(case)
@@ -107,6 +109,7 @@ def test_long_rows_are_turned_before_the_products_that_want_them_so():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_prints_tables_and_leaves_its_file(tmp_path, capsys):
     out = tmp_path / "out"
     cases = ["1x128x32x2 FB causal dropout=0.1", "2x16x32x2 F"]

@@ -81,6 +81,7 @@ def test_adapters_learn_and_the_base_stays_bit_for_bit(copy, base, capsys):
     assert f"adapters/mine/, {size:,} bytes of files" in printed
 
 
+@pytest.mark.slow
 def test_the_collection_lora_is_what_is_judged(adapted):
     """The figures, anew from the files: beside the parameters, by the linen module."""
     task, params, _ = opened(adapted.out)
@@ -95,6 +96,7 @@ def test_the_collection_lora_is_what_is_judged(adapted):
     assert without == pytest.approx(results_of(adapted.out, "other")["base"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_generate_with_an_adapter_writes_its_text(adapted, capsys):
     call = ["generate", str(adapted.out), "--bytes", "12", "--temperature", "0.05"]
     call += ["--prompt", "hgfedcbahgfe"]
@@ -110,6 +112,7 @@ def test_generate_with_an_adapter_writes_its_text(adapted, capsys):
     assert bits < 0.5 * results_of(adapted.out, "other")["base"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_there(adapted, capsys):
     for name in ("othr", "../adapters/other", ""):
         assert cli.main(["generate", str(adapted.out), "--adapter", name]) == 2
@@ -117,6 +120,7 @@ def test_an_adapter_that_is_not_there(adapted, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_name_twice(adapted, copy, capsys):
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
     first = sums(copy)
@@ -129,6 +133,7 @@ def test_the_same_name_twice(adapted, copy, capsys):
     assert set(held.arrays["block_0"]["attention"]) == {"query"}
 
 
+@pytest.mark.slow
 def test_what_was_cut_off_is_written_anew(adapted, copy):
     """As many steps, and a whole checkpoint in the folder: it must not be kept."""
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
@@ -143,6 +148,7 @@ def test_what_was_cut_off_is_written_anew(adapted, copy):
     assert not np.array_equal(*layers)
 
 
+@pytest.mark.slow
 def test_of_another_run(adapted, run_of, capsys):
     """Of the same sizes, so that only the parameters tell."""
     run = run_of("language")
@@ -154,6 +160,7 @@ def test_of_another_run(adapted, run_of, capsys):
     assert list((run.out / "adapters").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_damaged_adapters(adapted, copy, capsys):
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
     folder = copy / "adapters" / "other"
@@ -204,6 +211,7 @@ def test_a_folder_for_a_text(base, tmp_path, capsys):
     assert "cannot read the text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_text(copy, tmp_path, capsys):
     """Neither UTF-8 nor printable, under a name that is no folder's."""
     path = tmp_path / "-- \x1b[31m ü.bin"
@@ -214,11 +222,12 @@ def test_bytes_that_are_no_text(copy, tmp_path, capsys):
     assert cli.main(["generate", str(copy), "--adapter", "31m", "--bytes", "3"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--rank", "17"], "must be in [1, 16]"),
-        (["--which", "query", "quarry"], "Adapters are of this layer's projections, query, key"),
+        (["--which", "query", "quarry"], "adapters are of this layer's projections, query, key"),
         (["--learning-rate", "1e30", "--steps", "9"], "diverged. Nothing was saved"),
     ],
 )
@@ -233,7 +242,7 @@ def test_options_that_cannot_be(base, capsys, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0"], "must be a whole number >= 1, not '0'"),
+        (["--rank", "0"], "must be a whole number >= 1 and below 2**31, not '0'"),
         (["--alpha", "-1"], "must be a number above 0"),
         (["--steps", "0"], "must be a whole number >= 1"),
         (["--name", "../../etc"], "must be letters, digits"),
@@ -252,6 +261,7 @@ def test_a_run_that_is_still_trained(copy, base, capsys):
     assert "is not finished: adapters would not fit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_tasks_and_no_run(run_of, base, tmp_path, capsys):
     run = run_of("digits")
     assert adapt(run.out, base.other) == 2

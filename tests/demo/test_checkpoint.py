@@ -82,3 +82,18 @@ def test_another_model_does_not_fit(tmp_path):
     for other in ({"params": np.zeros(3)}, {**state(1), "params": {"kernel": np.zeros((3, 3))}}):
         with pytest.raises(DemoError, match="8 does not fit the run's settings"):
             checkpoint.restore(tmp_path, 8, other)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "{}", '{"arrays": {}}', '{"arrays": 1, "sha256": 2}']
+)
+def test_a_list_that_is_damaged_is_told(tmp_path, content):
+    """As a machine leaves it that lost its power: the checkpoint before it is one command away."""
+    checkpoint.save(tmp_path, 4, state(4))
+    checkpoint.save(tmp_path, 8, state(8))
+    (tmp_path / "8.json").write_text(content)
+    with pytest.raises(DemoError, match=r"8 is damaged: its list .*Delete .*8.json to go back"):
+        checkpoint.restore(tmp_path, 8, state(0))
+    (tmp_path / "8.json").unlink()
+    assert checkpoint.steps(tmp_path) == [4]
+    assert_equal(checkpoint.restore(tmp_path, 4, state(0)), state(4))

@@ -163,6 +163,7 @@ def test_caches_decode_what_the_whole_model_decodes(random_model):
     assert len(set(map(tuple, decoded.tolist()))) == 3
 
 
+@pytest.mark.slow
 def test_padding_of_the_source_means_nothing(random_model):
     task, params, sources = random_model
     target = jnp.ones((1, 10), jnp.int32)
@@ -173,6 +174,7 @@ def test_padding_of_the_source_means_nothing(random_model):
     np.testing.assert_array_equal(whole, changed)
 
 
+@pytest.mark.slow
 def test_the_target_is_read_causally_and_begins_with_the_start(random_model):
     task, params, sources = random_model
     batch = dates.Dates(sources[:1], dates.encode_iso(["1987-03-03"]))

@@ -34,6 +34,7 @@ def trained(run_of, capsys):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TINY)
 def test_inspect_writes_a_page_and_pictures(trained, capsys, task):
     run = trained(task)
@@ -52,6 +53,7 @@ def test_inspect_writes_a_page_and_pictures(trained, capsys, task):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TINY)
 def test_maps_are_weights_of_the_queries_over_the_keys(trained, task):
     run = trained(task, "--set", "attention.dropout=0.5")
@@ -80,6 +82,7 @@ def test_labels(trained):
     assert own.key_labels == ["start", *own.query_labels[:-1]]
 
 
+@pytest.mark.slow
 def test_pixels_are_flattened_row_by_row(trained):
     run = trained("digits")
     task, params, _ = opened(run.out)
@@ -91,6 +94,7 @@ def test_pixels_are_flattened_row_by_row(trained):
     np.testing.assert_array_equal(one_map.scores_NTS[:, 11, 20], scores[:, 1, 3, 2, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "command", "message"),
     [

@@ -25,6 +25,7 @@ def model_and_params():
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
 
 
+@pytest.mark.slow
 def test_steps_through_a_cache_are_the_whole_window(model_and_params):
     model, params = model_and_params
     whole = evaluate.bits_per_byte(model, params, TEXT, 16)
@@ -49,6 +50,7 @@ class Task:
         self.attention_paths = [("block_0", "attention")]
 
 
+@pytest.mark.slow
 def test_each_storage_is_measured_as_itself(model_and_params):
     model, params = model_and_params
     draw = (b"ab", 14, Sampling())  # to the context: one compilation
@@ -68,6 +70,7 @@ def test_each_storage_is_measured_as_itself(model_and_params):
     assert len(cache.sampled) == 14
 
 
+@pytest.mark.slow
 def test_generate_prints_both(run_of, capsys):
     run = run_of("language")
     assert cli.main(run.train("--no-plots")) == 0
@@ -98,6 +101,7 @@ def test_generate_prints_both(run_of, capsys):
     assert "bytes per second with the cache" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_float32_of_a_run_that_is_not(run_of, capsys):
     run = run_of("language")
     dtype = "--set=attention.dtype=bfloat16"

@@ -76,6 +76,7 @@ def test_bits_per_byte_byte_by_byte(trained):
     assert evaluate.bits_per_byte(model, params, text, CONTEXT) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_does_not_see_the_future(trained):
     model, params = trained
     tokens = jnp.asarray([[1, 2, 3, 4, 5, 6]], jnp.int32)
@@ -93,6 +94,7 @@ def greedy(model, params, text, count, window):
     return bytes(text[-count:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [b"", b"abcdef", b"abcdefghij"])
 def test_without_a_cache_the_window_slides(trained, prompt):
     """At a temperature near 0 sampling is argmax, which a plain loop can follow."""
@@ -103,6 +105,7 @@ def test_without_a_cache_the_window_slides(trained, prompt):
     assert sampled == greedy(model, params, text, 9, lambda text: text[-CONTEXT:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [b"", b"abcdef", b"abcdefghij"])
 def test_with_a_cache_the_last_half_is_read_again(trained, prompt):
     model, params = trained
@@ -131,6 +134,7 @@ def test_sampling_by_seed_and_top_k(trained):
     assert set(np.asarray(drawn).tolist()) == {253, 254, 255}
 
 
+@pytest.mark.slow
 def test_a_model_with_positions_of_its_own_has_no_learned_ones():
     model = small_model(position="rotary")
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]

@@ -57,6 +57,7 @@ def trained(task):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), MESHES)
 def test_the_losses_are_those_of_one_device(task_on, name, sizes):
     one, many = trained(task_on(name)), trained(task_on(name, sizes))

@@ -85,6 +85,7 @@ def chosen(tab):
     return tuple(int(re.search(r"\d+", name)[0]) for name in place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(0, 0, 0), (0, 1, 3), (1, 2, 4), (1, 0, 1), (2, 1, 5)])
 def test_the_hash_chooses_map_head_and_query(visit, place):
     tab = visit("#map={}&head={}&query={}".format(*place))
@@ -96,6 +97,7 @@ def test_the_hash_chooses_map_head_and_query(visit, place):
     assert f"attends most to {named}" in tab.text("#most")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hash", "place"),
     [
@@ -112,6 +114,7 @@ def test_a_hash_that_names_no_place_goes_to_the_nearest(visit, hash, place):
     assert_row(tab, *place)
 
 
+@pytest.mark.slow
 def test_a_new_hash_in_the_same_page_moves_there(visit):
     tab = visit("#map=0&head=1&query=3&scale=linear")
     assert tab.evaluate("at('scale').value") == "linear"

@@ -1,5 +1,6 @@
 """A run over real processes: the losses of one, whatever ends it; and which do not begin."""
 
+import json
 import os
 import re
 import shutil
@@ -12,8 +13,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed
 
 from flax_mha.demo import cli, processes
+from flax_mha.demo.settings import DemoError
 
 EVERY = {"checkpoint": 10, "log": 10, "eval": 30}
 SOONER = [f"--set=train.{name}_every={n}" for name, n in EVERY.items()]
@@ -169,6 +172,7 @@ def test_resumed_on_the_same_mesh_and_on_another(
     assert_same_curve(run, broken, whole)
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_train_nothing(run_of, tmp_path):
     run = run_of("language")
     changes = {1: ["--set", "train.steps=70", "--set", "attention.num_heads=1"]}
@@ -241,3 +245,34 @@ def test_what_agrees_and_what_does_not():
         "c is [1, 3] in process 0 and [1, 2] in process 2",
         "d is 4 in process 0 and None in process 2",
     ]
+
+
+class Store:
+    """JAX's store of strings, in which the other process has written; who waits, and how long."""
+
+    def __init__(self, theirs):
+        self.values, self.waited = {"demo/1": json.dumps(theirs)}, []
+
+    def key_value_set(self, name, text):
+        self.values[name] = text
+
+    def blocking_key_value_get(self, name, milliseconds):
+        self.waited.append(milliseconds)
+        return self.values[name]
+
+    def wait_at_barrier(self, name, milliseconds):
+        self.waited.append(milliseconds)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_processes_wait_a_minute_for_each_other_before_any_of_them_ends(monkeypatch, seed):
+    """One that is still loading its data is late by seconds; who goes first takes it along."""
+    store = Store({processes._COUNT: 2, "seed": seed})
+    monkeypatch.setattr(distributed.global_state, "client", store)
+    place = processes.Place("127.0.0.1:1", 0, 2)
+    if seed:
+        with pytest.raises(DemoError, match=r"seed is 1 in process 1 and 0 in process 0\. Start"):
+            processes.agree(place, {"seed": 0})
+    else:
+        processes.agree(place, {"seed": 0})
+    assert store.waited == [60_000] * 3

@@ -1,7 +1,7 @@
 """Whatever ends a run, its checkpoints carry it on to the numbers of an uninterrupted one."""
 
-import itertools
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 from demo_helpers import TINY
+from run_figures import figures, final_state
 
 from flax_mha.demo import checkpoint, cli, train
-from flax_mha.demo.directory import RunDirectory
-from flax_mha.demo.run import load
+from flax_mha.demo.config_file import read_settings
+from flax_mha.demo.directory import Records, RunDirectory
+from flax_mha.demo.settings import DemoError
 from flax_mha.demo.tasks import TASKS
 
 SOONER = [f"--set=train.{name}=10" for name in ("checkpoint_every", "eval_every", "log_every")]
@@ -44,20 +46,7 @@ def signalled(number, step, arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def figures(run, out):
-    """All that a run measured, but how fast it was."""
-    rows = itertools.chain(*(run.records(event, out) for event in ("train", "held_out", "result")))
-    return [{k: row[k] for k in row if k != "units_per_second"} for row in rows]
-
-
-def final_state(out):
-    directory = RunDirectory(out)
-    settings = directory.read_settings()
-    state, step = load(directory, TASKS[settings.task](settings))
-    assert step == settings.train.steps
-    return state
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TINY)
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(run_of, monkeypatch, task):
     run = run_of(task)
@@ -125,6 +114,7 @@ def test_ctrl_c_after_the_training(run_of, capsys, monkeypatch):
     assert len(run.records("result")) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_checkpoint(run_of, capsys, monkeypatch):
     run = run_of("language")
 
@@ -158,6 +148,7 @@ def test_a_run_is_replaced_only_when_asked(run_of, capsys):
     assert (run.out / "notes.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_files_of_others_stay(run_of, capsys):
     run = run_of("language")
     theirs = [run.out / name for name in ("photo.png", "notes.txt", "checkpoints/best/weights")]
@@ -173,6 +164,7 @@ def test_files_of_others_stay(run_of, capsys):
     assert all(path.read_text() == "mine" for path in theirs[:2])
 
 
+@pytest.mark.slow
 def test_other_data_are_refused(run_of, capsys):
     run = run_of("language")
     assert cli.main(run.train("--no-plots", "--steps", "2")) == 0
@@ -182,6 +174,7 @@ def test_other_data_are_refused(run_of, capsys):
     assert "the data are not those that" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_read(run_of, capsys):
     run = run_of("language")
     assert cli.main(["resume", str(run.out)]) == 2
@@ -194,7 +187,45 @@ def test_runs_that_cannot_be_read(run_of, capsys):
     (run.out / "settings.json").write_text("{")
     assert cli.main(["generate", str(run.out)]) == 2
     assert "settings.json is not valid JSON" in capsys.readouterr().err
+    (run.out / "settings.json").write_text("5")
+    assert cli.main(["generate", str(run.out)]) == 2
+    assert "settings.json holds no settings. Received: 5." in capsys.readouterr().err
     (run.out / "settings.json").write_text(settings)
     shutil.rmtree(run.out / "checkpoints" / "2" / "d")
     assert cli.main(["generate", str(run.out)]) == 2
     assert "2 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0\n", b"{\n", b"5\n", b"{}\n", b"\xff\n"])
+def test_a_record_that_is_damaged_is_told(run_of, capsys, line):
+    """A last line that was cut off is no fault: see the test of a run that was killed."""
+    run = run_of("language")
+    RunDirectory(run.out).begin(read_settings(run.config), overwrite=False)
+    (run.out / "metrics.jsonl").write_bytes(b'{"event": "start"}\n' + line)
+    with pytest.raises(DemoError, match=r"line 2 of .*metrics.jsonl is damaged.*Delete the line"):
+        Records(RunDirectory(run.out))
+
+
+def test_a_replacement_that_was_killed_leaves_no_old_records(run_of, monkeypatch):
+    """Wherever the removal of the old run ends: the new one is trained by the same command."""
+    run = run_of("language")
+    directory, settings = RunDirectory(run.out), read_settings(run.config)
+    unlink = pathlib.Path.unlink
+    for last in range(3):
+        directory.begin(settings, overwrite=True)
+        for name in ("metrics.jsonl", "sample.txt"):
+            (run.out / name).write_text('{"event": "old"}\n')
+        left = iter(range(last))
+
+        def killed(path, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                directory.begin(settings, overwrite=True)
+        directory.begin(settings, overwrite=False)
+        assert Records(directory).rows == []
+        assert not (run.out / "sample.txt").exists()

@@ -37,6 +37,7 @@ def trained(task):
     return last.params
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files_and_learns(run, capsys):
     assert cli.main(run.train("--set", "train.eval_every=30")) == 0
     assert {path.name for path in run.out.iterdir()} == FILES | PICTURES
@@ -80,7 +81,7 @@ def test_a_run_generates(run, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--top-k", "-1"], "must be a whole number >= 0, not '-1'"),
+        (["--top-k", "-1"], "must be a whole number >= 0 and below 2**31, not '-1'"),
         (["--temperature", "0"], "must be a number above 0"),
         (["--bytes", "0"], "must be a whole number >= 1"),
     ],
@@ -167,6 +168,7 @@ def test_a_file_in_the_place_of_the_run(run, capsys):
     assert run.out.read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["matplotlib", "rich"])
 def test_without_an_optional_package(run, capsys, monkeypatch, package):
     find = extras.importlib.util.find_spec
@@ -182,6 +184,7 @@ def test_without_an_optional_package(run, capsys, monkeypatch, package):
     assert without_pictures == (0 if package == "matplotlib" else 2)
 
 
+@pytest.mark.slow
 def test_the_command_line_helps():
     command = [sys.executable, "-m", "flax_mha.demo", "train", "--help"]
     helped = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,10 +1,12 @@
 """Settings: what is unknown or of the wrong type is refused, and overrides win."""
 
 import json
+import re
 
 import pytest
 from demo_helpers import CONFIGS
 
+from flax_mha.demo import options
 from flax_mha.demo.config_file import parse_value, read_settings, settings_from
 from flax_mha.demo.settings import DemoError
 
@@ -139,3 +141,14 @@ def test_the_configs_that_come_with_the_project_are_valid(config):
     assert text.startswith(f"# python -m flax_mha.demo train configs/{config.name}\n")
     assert "# Time on two cores: " in text
     assert "# Expect" in text
+
+
+def test_a_number_that_the_help_calls_the_default_is_it():
+    (commands,) = (action.choices for action in options.make_parser({})._actions if action.choices)
+    found = {}
+    for command, parser in commands.items():
+        for action in parser._actions:
+            if told := re.fullmatch(r"default: (\S+)", action.help or ""):
+                found[command, action.dest] = action.type(told[1]), action.default
+    assert {name for _, name in found} == {"rank", "steps", "learning_rate"}
+    assert all(told == default for told, default in found.values()), found

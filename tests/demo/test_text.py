@@ -1,5 +1,8 @@
 """The text: split without overlap, the same every time; windows lie inside it."""
 
+import pathlib
+import tomllib
+
 import numpy as np
 import pytest
 
@@ -32,6 +35,7 @@ def test_caps():
     assert split.held_out.tobytes() == b"a" * 10 + b"d" * 2
 
 
+@pytest.mark.slow
 def test_the_real_library_is_split_the_same_every_time():
     settings = TextSettings(max_bytes=400_000, held_out_bytes=4000)
     first, second = texts.load_split(settings), texts.load_split(settings)
@@ -88,3 +92,9 @@ def test_windows_go_on_after_those_that_are_done():
 def test_text_shorter_than_a_window():
     with pytest.raises(DemoError, match="3 training bytes hold no window of 5"):
         next(texts.windows(np.zeros(3, np.uint8), 5, 1, seed=0))
+
+
+def test_what_is_not_said_is_as_in_the_committed_config():
+    """Whose figures the guide tells: a file that leaves `[data]` out trains on the same text."""
+    path = pathlib.Path(__file__).parents[2] / "configs" / "python_lm.toml"
+    assert TextSettings(**tomllib.loads(path.read_text())["data"]) == TextSettings()

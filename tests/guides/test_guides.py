@@ -144,6 +144,7 @@ runpy.run_module("flax_mha", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_page_is_printed_as_it_is_without_rich():
     result = subprocess.run(
         [sys.executable, "-c", BARE],

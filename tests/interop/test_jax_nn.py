@@ -96,6 +96,7 @@ def with_gradients(attend, arrays, call, probe):
     return context, gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row_param(i) for i in range(len(ROWS))])
 def test_equals_jax_nn_forward_and_gradient(row):
     """Where a query may attend to a key at all; the others are 0, and so are their gradients."""

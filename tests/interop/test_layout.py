@@ -43,6 +43,7 @@ def test_axes_are_merged_and_put_in_order():
     assert (their["v.weight"][1, 2] == PARAMS["value"]["kernel"][:, 2, 1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_round_trip_is_exact(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype).at[0].set(jnp.nan), PARAMS)

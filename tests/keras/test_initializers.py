@@ -178,6 +178,7 @@ def test_the_unit_laws_are_told_apart():
             assert (distance(draws, other_law) < 2 * 2**-8.5) == (name == other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fans", [None, (128, 1024)], ids=str)
 @pytest.mark.parametrize("initializer", FAN_SCALED[:6] + FAN_SCALED[8:], ids=str)
 def test_variance_is_scale_over_n(initializer, fans):
@@ -207,6 +208,7 @@ def test_plain_laws(initializer, law):
     assert values.max() <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 11, 17), (17, 3), (2, 29)])
 def test_orthogonal_rows_or_columns(shape):
     Q = np.asarray(Orthogonal(2.0)(jax.random.key(0), shape, "float32")).reshape(-1, shape[-1])
@@ -214,6 +216,7 @@ def test_orthogonal_rows_or_columns(shape):
     np.testing.assert_allclose(Q.T @ Q, 4.0 * np.eye(Q.shape[1]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_orthogonal_is_uniform_not_merely_orthogonal():
     """Of uniform Q every entry is as often positive; LAPACK's own Q is mostly negative there."""
     keys = jax.random.split(jax.random.key(0), 400)

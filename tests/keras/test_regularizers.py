@@ -42,6 +42,7 @@ def test_every_class_is_compared():
     assert len(CLASSES["regularizer"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("regularizer", "shape"), CASES, ids=str)
 def test_the_penalty(regularizer, shape, dtype):
@@ -62,6 +63,7 @@ def test_float64(regularizer):
         assert_close(penalty, definition(regularizer, x), "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regularizer", ALL, ids=str)
 def test_jit_vmap_and_grad(regularizer):
     x = normal(0, 3, 5, 7)
@@ -80,6 +82,7 @@ def test_float16_does_not_overflow():
     assert not np.isfinite(keras_penalty(L2(0.5), x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rows", "columns"])
 def test_orthogonal_without_pairs_or_lengths(mode):
     """Keras gives NaN for a lone vector, and a NaN gradient for a vector of zeros."""

@@ -38,6 +38,7 @@ def test_a_full_cache_is_an_error_outside_jit():
         attend(config, params, X[:, 3:5], cache)
 
 
+@pytest.mark.slow
 def test_inside_jit_what_does_not_fit_is_nan_and_overwrites_nothing():
     config, params, cache = filled(capacity=4)
     step = jax.jit(lambda x, cache: attend(config, params, x, cache))
@@ -65,6 +66,7 @@ def test_holes_in_the_padding():
     assert np.isfinite(output[1:, :2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3])
 def test_an_example_that_went_wrong_stays_so_and_alone(window):
     """Left padding under jit: flagged, NaN in all later outputs and scores, until begun anew."""
@@ -119,6 +121,7 @@ def caches():
     return {"own": (own, step(X[:, 5:6])), "cross": (cross, step(None))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["own", "cross"])
 def test_rows_that_do_not_exist(kind):
     cache, step = caches()[kind]

@@ -101,6 +101,7 @@ def test_explain_says_that_nothing_can_be_chosen():
     assert all(name in str(seen[0]) for name in ("reference", "blockwise"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "constraints", "T"),
     [
@@ -120,6 +121,7 @@ def test_what_is_known_is_chosen(sizes, constraints, T):
     assert error.max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_the_other_remedy_works(implementation):
     """A name: it serves lengths on both sides of the rule with one program."""

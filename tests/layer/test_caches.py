@@ -35,6 +35,7 @@ def layer(window, **fields):
     return config, read, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "slack", "position"),
     [(None, 0, "rotary"), (5, 0, "alibi"), (5, 3, "rotary"), (5, 3, "alibi"), (1, 2, "rotary")],
@@ -73,6 +74,7 @@ def test_each_example_keeps_as_many_drafts_as_are_right():
             assert_close(both, expected[b, n : n + 4], "float32", f"window {window}, {b}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slack", [0, 2])
 def test_a_ring_that_went_round_goes_back_no_farther_than_it_holds(slack):
     config, read, expected = layer(4)
@@ -99,6 +101,7 @@ def test_a_ring_that_went_round_goes_back_no_farther_than_it_holds(slack):
     assert read(X[:, :6], by_hand)[1].length.tolist() == [-1, nearest + 6]
 
 
+@pytest.mark.slow
 def test_any_example_is_begun_anew():
     for window in (None, 4, 1):
         config, read, expected = layer(window)
@@ -111,6 +114,7 @@ def test_any_example_is_begun_anew():
             assert_close(output, right, "float32", f"window {window}")
 
 
+@pytest.mark.slow
 def test_an_overflowed_line_goes_back_to_what_it_holds():
     config, read, expected = layer(None)
     _, cache = read(X[:, :10], init_cache(config, B, 8))
@@ -119,6 +123,7 @@ def test_an_overflowed_line_goes_back_to_what_it_holds():
     assert_close(read(X[:, 7:8], cache.rewind(7))[0], expected[:, 7:8], "float32")
 
 
+@pytest.mark.slow
 def test_one_sequence_under_vmap_goes_back():
     config, read, expected = layer(4)
     caches = jax.vmap(lambda x: read(x, init_cache(config, (), T, slack=1))[1])(X[:, :10])
@@ -129,6 +134,7 @@ def test_one_sequence_under_vmap_goes_back():
     assert np.isnan(output[1]).all()
 
 
+@pytest.mark.slow
 def test_vmap_over_caches_of_different_lengths():
     """From 96 x 96 on, where whole blocks are skipped by the length."""
     config, read, _ = layer(None, num_kv_heads=2)
@@ -162,6 +168,7 @@ def test_a_while_loop_carries_a_donated_cache(window):
     assert after.overflowed.tolist() == [window is None] * B
 
 
+@pytest.mark.slow
 def test_a_cache_in_a_variable_of_a_module():
     config, read, expected = layer(None)
 
@@ -181,6 +188,7 @@ def test_a_cache_in_a_variable_of_a_module():
         assert_close(output, expected[:, piece], "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_a_cache_is_of_its_layer_s_dtype_by_itself(dtype):
     with x64():

@@ -90,6 +90,7 @@ def test_blocks_skip_nothing_that_a_chunk_holds():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [None, "rotary", "alibi", QueryGrowth(0.5, 3)], ids=str)
 @pytest.mark.parametrize("pieces", [(1,) * T, (6, 1, 1, 5), (9, 4), (3, 10)], ids=str)
 def test_a_cache_gives_what_the_whole_call_gives(pieces, position):
@@ -103,6 +104,7 @@ def test_a_cache_gives_what_the_whole_call_gives(pieces, position):
     assert_close(jnp.concatenate(outputs, 1), whole, "float32")
 
 
+@pytest.mark.slow
 def test_each_example_of_a_cache_has_its_own_chunks():
     """Ragged prompts, then steps: an example's chunk goes by its own length."""
     config, params, x = layer()
@@ -134,6 +136,7 @@ def test_a_prefix_sees_its_chunk_both_ways():
     assert_close(more[:, -1:], expected(params, x, within(False))[:, -1:], "float32")
 
 
+@pytest.mark.slow
 def test_chunks_follow_the_positions():
     """Packed sequences are as alone; positions that begin elsewhere move the borders."""
     config, params, x = layer(position="rotary")
@@ -167,6 +170,7 @@ def test_scores_of_chosen_rows():
     assert not scores[:, :, 5, :4].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_along_a_context_axis(layout, strategy):

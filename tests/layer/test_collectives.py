@@ -76,6 +76,7 @@ def on_mesh(what, size, implementation, explicit):
     return call, mesh, placed(mesh, call.arrays)
 
 
+@pytest.mark.slow
 @EVERY_CASE
 def test_forward(what, size, implementation, explicit):
     """Nothing over the batch; over the heads the sum of their outputs. Sharded as the input.
@@ -89,6 +90,7 @@ def test_forward(what, size, implementation, explicit):
     assert program.output_shardings.is_equivalent_to(arrays[1].sharding, 3)
 
 
+@pytest.mark.slow
 @EVERY_CASE
 def test_gradient(what, size, implementation, explicit):
     """Sums alone: of the weights' gradients over the batch, of the input's over the heads."""
@@ -102,6 +104,7 @@ def test_gradient(what, size, implementation, explicit):
         assert sharding.is_equivalent_to(array.sharding, array.ndim)
 
 
+@pytest.mark.slow
 @IMPLEMENTATION
 def test_arrays_that_only_jit_places(implementation):
     """Under `in_shardings` no type tells of the mesh: it is known when the program is lowered."""
@@ -122,6 +125,7 @@ def length_sharded(mesh, call):
     return jax.device_put(params, NamedSharding(mesh, PartitionSpec())), jax.device_put(x, over)
 
 
+@pytest.mark.slow
 def test_the_counter_counts():
     """The control: keys that are gathered, a sum over devices, a rotation."""
     mesh, call = make_mesh(MESHES["batch"]), Call("reference", **{**EIGHT, "T": 128})

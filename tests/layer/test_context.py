@@ -100,6 +100,7 @@ def test_numbers_of_one_device(name, axis, kind):
         assert_trees_close(along(name, axis, kind), expected(name), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(
     "options",
@@ -126,6 +127,7 @@ def test_inside_the_callers_shard_map(options, layout):
     np.testing.assert_allclose(output[:, np.argsort(order)], one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lengths_that_do_not_divide_and_cross_attention():
     config = MultiHeadAttentionConfig(N, H, context_axis="context")
     params, x, source = params_of(config), normal(0, 3, 13, D), normal(1, 3, 7, D)

@@ -72,6 +72,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_without_jit(name):
     """`jax.disable_jit`: what compiled loops do, Python's do."""

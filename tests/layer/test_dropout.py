@@ -43,6 +43,7 @@ def revealed(dropout_key, rate=RATE, query=None, key=None):
     return np.asarray(context).transpose(0, 2, 1, 3), np.asarray(weights)
 
 
+@pytest.mark.slow
 def test_kept_weights_are_divided_and_others_are_zero():
     dropped, weights = revealed(jax.random.key(0))
     kept = dropped != 0
@@ -60,6 +61,7 @@ def test_layer_equals_the_oracle_for_the_revealed_mask():
     assert_close(scores, weights, "float32", "scores are the weights before dropout")
 
 
+@pytest.mark.slow
 def test_share_of_kept_weights():
     keys = jax.random.split(jax.random.key(1), 64)
     kept = np.stack([revealed(dropout_key)[0] for dropout_key in keys]) != 0
@@ -70,6 +72,7 @@ def test_share_of_kept_weights():
     assert (kept[:, :, 0] != kept[:, :, 1]).any(), "heads differ"
 
 
+@pytest.mark.slow
 def test_mean_is_unbiased():
     keys = jax.random.split(jax.random.key(2), 2000)
     outputs = np.asarray(jax.vmap(lambda dropout_key: layer(dropout_key=dropout_key))(keys))
@@ -92,6 +95,7 @@ def test_same_mask_under_vmap_and_jit():
             assert_close(layer(dropout_key=dropout_key), plain, "float32")
 
 
+@pytest.mark.slow
 def test_rate_one_gives_zeros():
     """The context is zero, so the output is its bias; and no gradient is NaN."""
     config = CONFIG.replace(dropout=1.0)
@@ -109,6 +113,7 @@ def test_rate_one_gives_zeros():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.3, 1.0])
 def test_no_key_is_no_dropout(rate):
     plain = layer(CONFIG.replace(dropout=0.0))
@@ -139,6 +144,7 @@ LETTERS = {"query": P(None, "model"), "key": P(None, "model"), "value": P(None, 
 HEADS = {name: {"kernel": LETTERS.get(name, P("model"))} for name in WHOLE_PARAMS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 2), (8, 1), (2, 4), (1, 8)], ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_shard_map_over_batch_and_heads_gives_the_whole_s_output(sizes, check_vma):
@@ -167,6 +173,7 @@ def test_a_shard_map_over_batch_and_heads_gives_the_whole_s_output(sizes, check_
     assert_trees_close(both(of_shards)(WHOLE_PARAMS, x), both(whole)(WHOLE_PARAMS, x), "float32")
 
 
+@pytest.mark.slow
 def test_every_face_takes_a_start():
     """The second half of a batch: rows of the whole call's output."""
     x, key = normal(1, 8, 6, D), jax.random.key(5)
@@ -194,6 +201,7 @@ def test_every_face_takes_a_start():
     assert_close(started, module(x, x, training=True, rngs=key)[4:], "float32")
 
 
+@pytest.mark.slow
 def test_with_a_cache_t_counts_the_queries_of_the_call():
     """So steps that say where they stand drop what one call would."""
     x, key = normal(1, 2, 6, D), jax.random.key(5)

@@ -85,6 +85,7 @@ def products(call, platform):
     return {axes for axes in found if "x" in axes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_the_tiles_are_those_of_the_platform(platform):
     """Not of the machine that traces: a GPU's hold every example and head, the others' few."""
@@ -93,6 +94,7 @@ def test_the_tiles_are_those_of_the_platform(platform):
     assert products(call, platform)
 
 
+@pytest.mark.slow
 def test_the_tolerance_sees_one_block():
     """The control: one query that forgets one key is seen by the output and by each derivative."""
     call = Call("reference", T=16)

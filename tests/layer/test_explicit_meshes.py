@@ -21,6 +21,7 @@ import flax_mha
 import flax_mha.nnx
 from flax_mha import MultiHeadAttentionConfig, dot_product_attention, multi_head_attention
 from flax_mha.core.meshes import spec_of, with_auto_axes
+from flax_mha.layer.outputs import cross_cache_spec
 
 B, N, H, D = 8, 4, 8, 16
 CONFIG = MultiHeadAttentionConfig(N, H, dropout=0.2)
@@ -162,6 +163,7 @@ def test_everything_that_forward_returns_is_placed(place):
     assert_trees_close(result, forward(PARAMS, x), "float32")
 
 
+@pytest.mark.slow
 def test_a_grid_with_two_batch_axes_gate_and_broadcast():
     """Batch axes around the attended ones; the value's batch is broadcast over the query's."""
     config = MultiHeadAttentionConfig(
@@ -180,6 +182,7 @@ def test_a_grid_with_two_batch_axes_gate_and_broadcast():
         assert spec_of(result.gate)[:4:2] == spec_of(result.key)[:4:2] or not axes
 
 
+@pytest.mark.slow
 def test_a_query_of_one_example_takes_the_place_of_the_value():
     query, value = normal(1, 1, 16, D), normal(2, B, 16, D)
     output = multi_head_attention(PARAMS, query, put(value, "data"), config=CONFIG)
@@ -187,6 +190,7 @@ def test_a_query_of_one_example_takes_the_place_of_the_value():
     assert_close(output, multi_head_attention(PARAMS, query, value, config=CONFIG), "float32")
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_and_numpy_parameters():
     mesh, x = explicit_mesh(1, names=("data",)), normal(1, B, 104, D)
     output = multi_head_attention(PARAMS, *[put(x, "data", mesh=mesh)] * 2, config=CONFIG)
@@ -199,6 +203,7 @@ def test_a_mesh_of_one_device_and_numpy_parameters():
 # --- the other entrances ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("jit", [True, False])
 def test_dot_product_attention(implementation, jit):
@@ -227,6 +232,7 @@ def test_chosen_scores():
         assert_close(scores, run(PARAMS, x), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_axes", [(), ("data",), ("data", "model")])
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -251,6 +257,7 @@ def test_a_growing_cache_stays_where_it_is(cache_axes, window, wrap):
     assert places(after.rewind(0)) == places(after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params_axes", [{"heads": "model"}, {"heads": "model", "features": "data"}]
 )
@@ -269,6 +276,7 @@ def test_an_encoder_s_cache(params_axes, wrap):
     assert spec_of(cache.length) == P("data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "batch"), [([1, 0, 2, 3, 4, 5, 7, 6], "data"), ([2, 2, 5], None)])
 def test_beams_stay_on_their_mesh(rows, batch):
     """Three rows cannot be cut over four devices: they are gathered."""
@@ -337,6 +345,7 @@ def test_without_jit():
     assert_close(output, ONE(PARAMS, x, x), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("heads", [None, "model"])
 def test_one_axis_manual_and_the_other_explicit(check_vma, heads):
@@ -402,3 +411,18 @@ def test_wrong_shapes_are_told_as_ever():
     q = put(normal(1, B, 16, N, H), "data")
     with pytest.raises(ValueError, match="S, K of key and value must be equal"):
         dot_product_attention(q, q[:, :5], q)
+
+
+@pytest.mark.parametrize("cut", ["key", "value"])
+def test_a_cross_cache_has_its_keys_where_the_key_is_and_its_values_where_the_value_is(cut):
+    """Along the length, which `key` and `value` need not share; features are summed away."""
+    along = {name: "model" if name == cut else None for name in ("key", "value")}
+    key, value = (put(normal(0, B, 4, D), "data", along[name], None) for name in along)
+    cache = cross_cache_spec(PARAMS, value, key, None, True)
+    assert cache.key == P("data", None, along["key"], None)
+    assert cache.value == P("data", None, along["value"], None)
+    assert cache.key_scale == P("data", None, along["key"])
+    assert cache.value_scale == P("data", None, along["value"])
+    by_features = put(normal(0, B, 4, D), "data", None, "model")
+    cache = cross_cache_spec(PARAMS, by_features, by_features, None, False)
+    assert (cache.key, cache.value, cache.key_scale) == (*[P("data", None, None, None)] * 2, None)

@@ -124,6 +124,7 @@ def test_half_a_step_at_most_and_zeros_nan_and_inf_stay():
     assert np.isnan(back[3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_latents_are_rounded_once_and_serve_as_keys_and_values(implementation):
     latent = flax_mha.Latent(rank=12, shared_dim=4)
@@ -144,6 +145,7 @@ def test_latents_are_rounded_once_and_serve_as_keys_and_values(implementation):
     np.testing.assert_allclose(step, want, atol=0.02 * float(abs(want).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_an_encoder_s_keys_with_padding_and_the_gradient_of_queries(implementation):
     config = Config(num_heads=4, key_dim=8, num_kv_heads=2, implementation=implementation)
@@ -171,6 +173,7 @@ def test_an_encoder_s_keys_with_padding_and_the_gradient_of_queries(implementati
     np.testing.assert_allclose(twice(cache), twice(same), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 5], ids=["line", "ring"])
 def test_rewind_reorder_and_padding_on_the_right(size):
     config = Config(num_heads=4, key_dim=8, sliding_window=size)
@@ -195,6 +198,7 @@ def test_rewind_reorder_and_padding_on_the_right(size):
     np.testing.assert_allclose(row, attend(X[2:, 10:11], alone)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_token_of_nan_breaks_what_it_breaks_in_a_cache_of_floats():
     config = Config(num_heads=4, key_dim=8)
     params = init_params(jax.random.key(1), config, X.shape)
@@ -208,6 +212,7 @@ def test_a_token_of_nan_breaks_what_it_breaks_in_a_cache_of_floats():
     assert jnp.isnan(got).mean() < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_round_no_more_than_they_do_without(dtype):
     config = Config(num_heads=4, key_dim=8, dtype=dtype)
@@ -252,6 +257,7 @@ def test_the_bytes_and_what_loops_jit_vmap_export_and_files_make_of_it():
     np.testing.assert_allclose(again[1], step(by_hand, X[:, :1])[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cache_is_never_widened_as_a_whole():
     """The compiled step's temporaries: below a quarter of what the keys would be in float32."""
     config = Config(num_heads=8, key_dim=64)
@@ -293,6 +299,7 @@ def test_a_step_that_is_given_the_cache_to_write_into(size):
     assert step(params, cache, X[:, 2:4])[1].length.tolist() == [4] * B
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 def test_on_a_mesh_a_cache_stays_where_it_is(kind):
     config = Config(num_heads=4, key_dim=8, num_kv_heads=2)

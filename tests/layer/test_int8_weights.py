@@ -75,6 +75,7 @@ def test_a_call_is_that_of_rounded_kernels(name, dtype, implementation):
     assert all(jax.tree.leaves(chex_equal))
 
 
+@pytest.mark.slow
 def test_the_bytes_are_a_quarter():
     params = init_params(jax.random.key(1), Config(num_heads=8, key_dim=64), (1, 512))
     kernels = lambda tree: sum(
@@ -83,6 +84,7 @@ def test_the_bytes_are_a_quarter():
     assert 0.25 <= kernels(quantize_params(params)) / kernels(params) < 0.253
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_16_bit_layer_stays_one_and_its_sums_stay_finite(dtype):
     """A sum of 512 numbers of up to 127 would leave float16."""
@@ -98,6 +100,7 @@ def test_a_16_bit_layer_stays_one_and_its_sums_stay_finite(dtype):
     np.testing.assert_allclose(got.astype("float32"), want.astype("float32"), rtol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-7, 1e-4, 6.506e4])
 def test_columns_of_float16_near_its_ends(size):
     """The scale of small ones is no normal number, and 128 times that of large ones none at all."""
@@ -192,6 +195,7 @@ def test_linen_and_nnx_layers_take_them():
     np.testing.assert_allclose(other(X, X), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 def test_they_are_cut_as_their_kernels_were(kind):
     config = LAYERS["heads"]

@@ -98,6 +98,7 @@ def check_parity(case, dtype="float32", scores=True):
     assert_trees_close(grads, keras_grads, dtype, "(params, inputs) gradient ")
 
 
+@pytest.mark.slow
 @parametrized(product_cases())
 def test_options(case):
     check_parity(case)
@@ -108,6 +109,7 @@ def test_masks(case):
     check_parity(case)
 
 
+@pytest.mark.slow
 @parametrized(axes_cases())
 def test_attention_axes(case):
     check_parity(case)
@@ -155,11 +157,13 @@ def fused_cases():
     ]
 
 
+@pytest.mark.slow
 @parametrized(fused_cases())
 def test_fused_path(case):
     check_parity(case, scores=False)
 
 
+@pytest.mark.slow
 def test_fused_path_differs_in_rows_without_keys():
     """Keras's fused path averages the values there; its scores path and ours give the bias."""
     layer = keras_layer({"num_heads": N, "key_dim": H}, [(B, T, D), (B, S, M), (B, S, M)])
@@ -176,6 +180,7 @@ def test_fused_path_differs_in_rows_without_keys():
     assert_close(output, fused, "float32")
 
 
+@pytest.mark.slow
 def test_bridge_notices_a_wrong_order_of_weights():
     """A control of the tests themselves: with the gate and the value exchanged nothing agrees."""
     arguments = {"num_heads": N, "key_dim": H, "use_gate": True}

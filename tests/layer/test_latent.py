@@ -177,6 +177,7 @@ def test_a_call_without_a_cache_is_its_formula(name, implementation):
     assert_close(output, expected(params, x, config), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @each
 def test_a_cache_of_latents_gives_the_same(name, implementation):
@@ -186,6 +187,7 @@ def test_a_cache_of_latents_gives_the_same(name, implementation):
         assert_close(in_pieces(params, x, config, pieces)[0], formula, "float32", str(pieces))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes(dtype):
     with x64():
@@ -198,6 +200,7 @@ def test_other_dtypes(dtype):
         assert_close(output, formula, dtype)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_parameter():
     """Of a call with a cache as of one without, whose slope is that of differences."""
     with x64():
@@ -232,6 +235,7 @@ def test_memory_is_the_latents_alone():
     assert ring.key.shape == (B, 1, 8, L + W)
 
 
+@pytest.mark.slow
 def test_a_step_copies_no_values(monkeypatch):
     """The keys are their own values: to cut the latents out of them would take a copy."""
     fields = {"position": Rotary(dim=16), "latent": Latent(112, 16), "key_dim": 48}
@@ -276,6 +280,7 @@ def test_ragged_prompts_jit_and_vmap():
     assert_close(output, formula[:, 7:], "float32")
 
 
+@pytest.mark.slow
 def test_dropout_falls_on_the_same_weights():
     config, params, x = layer(dropout=0.4)
     call = {"config": config, "use_causal_mask": True, "dropout_key": jax.random.key(3)}
@@ -286,6 +291,7 @@ def test_dropout_falls_on_the_same_weights():
     assert np.abs(whole - dry).max() > 0.1
 
 
+@pytest.mark.slow
 def test_rewind_reorder_and_state():
     config, params, x = layer()
     formula = expected(params, x, config)
@@ -298,6 +304,7 @@ def test_rewind_reorder_and_state():
     assert_close(output, formula[::-1, 7:], "float32")
 
 
+@pytest.mark.slow
 def test_a_cross_cache_holds_latents():
     config, params, x = layer(position=Rotary(dim=W))
     encoded = normal(6, B, 8, D)
@@ -339,6 +346,7 @@ def test_removed_positions_reach_no_gradient():
 # --- the rest of the layer ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_and_rows():
     config, params, x = layer()
     call = {"config": config, "use_causal_mask": True}
@@ -473,6 +481,7 @@ def test_refusals():
     assert TOLERANCES["float32"] < 2e-5
 
 
+@pytest.mark.slow
 def test_on_a_mesh_with_explicit_axes():
     """Heads along one axis, examples along another; latents belong to all heads, and stay whole."""
     config, params, x = layer(num_heads=4)

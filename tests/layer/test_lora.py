@@ -54,6 +54,7 @@ def call(params, config, x=X, **how):
     return flax_mha.multi_head_attention(params, x, x, config=config, use_causal_mask=True, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_new_adapters_change_nothing(name, dtype):
@@ -94,6 +95,7 @@ def test_beside_a_kernel_as_in_it(name):
     assert_trees_close(merge_lora(params, lora, SCALE), merged(lora), "float32", name)
 
 
+@pytest.mark.slow
 def test_one_projection_at_a_time():
     """Each is another function, and none reads another one's adapter."""
     config, params = layer_of("grouped, gate, no bias")
@@ -105,6 +107,7 @@ def test_one_projection_at_a_time():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped, gate, no bias", "latent"])
 def test_decoding(name):
     """Prompt and steps through a cache are the whole call."""
@@ -121,6 +124,7 @@ def test_decoding(name):
     assert_close(jnp.concatenate(outputs, 1), whole, "float32")
 
 
+@pytest.mark.slow
 def test_an_encoder_s_output_and_scores_of_rows():
     config, params = layer_of("plain")
     how = {"lora": adapters(config), "lora_scale": SCALE}
@@ -151,6 +155,7 @@ def test_many_adapters_of_one_base():
         assert_close(together[i], one(lora, inputs[i], float(scales[i])), "float32", f"user {i}")
 
 
+@pytest.mark.slow
 def test_dropout_of_what_an_adapter_reads():
     """By hand, of one projection: y += (keep x / (1 - rate)) a b scale."""
     config, params = layer_of("plain")
@@ -169,6 +174,7 @@ def test_dropout_of_what_an_adapter_reads():
     np.testing.assert_array_equal(idle, forward(lora=lora, lora_scale=SCALE).query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Explicit", "Auto", "context"])
 def test_on_a_mesh_the_adapters_are_whole(kind):
     """Numbers, gradients and dropout of one device."""
@@ -192,6 +198,7 @@ def test_on_a_mesh_the_adapters_are_whole(kind):
     assert_close(found[0], wanted[0], "float32")
 
 
+@pytest.mark.slow
 def test_nan_of_padding_goes_nowhere():
     config, params = layer_of("plain")
     lora, real = adapters(config), jnp.arange(T)[None] < jnp.array([[T], [4]])
@@ -204,6 +211,7 @@ def test_nan_of_padding_goes_nowhere():
     assert_trees_close(jax.grad(loss)(lora, dirty), jax.grad(loss)(lora, X), "float32", "d_lora")
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_and_float32_adapters():
     """The call's dtype is that without them, and its numbers those of the merged kernels."""
     config, params = layer_of("plain")
@@ -300,6 +308,7 @@ def test_bad_input(name):
         attempt()
 
 
+@pytest.mark.slow
 def test_a_latent_cache_refuses_dropout():
     config, params = layer_of("latent")
     how = dict(lora=adapters(config), lora_dropout=0.1, lora_dropout_key=jax.random.key(0))

@@ -75,6 +75,7 @@ def by_loops(params, x, axes, near):
     return np.transpose(result.reshape(moved.shape), np.argsort(order))
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layer_is_that_of_the_loops(name, implementation):
@@ -88,6 +89,7 @@ def test_the_layer_is_that_of_the_loops(name, implementation):
     assert_close(jax.jit(call)(params, x), wanted, "float32", "jit")
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 def test_gradients_are_those_of_the_mask_as_an_array(implementation):
     config, params, x = layer((B, 5, 7), (3, 3), implementation=implementation)

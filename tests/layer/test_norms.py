@@ -90,6 +90,7 @@ def layer(x=None, **fields):
     return config, random_params(param_shapes(config, x.shape)), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_norms_are_their_formulas(norm, implementation):
@@ -100,6 +101,7 @@ def test_norms_are_their_formulas(norm, implementation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [{"clip_qkv": 0.3}, {"scale": 0.9}, {"scale": 0.9, "clip_qkv": 0.3, "qk_norm": "rms"}],
@@ -134,6 +136,7 @@ def test_norms_of_caches_are_those_of_the_whole_call(norm):
     assert_close(output, multi_head_attention(params, x, encoded, config=config), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [NORMS[0], NORMS[5], NORMS[8], NORMS[11]], ids=str)
 def test_heads_of_any_size_have_a_norm(norm):
     """Squares of 1e25 leave float32: the norm of a head so large is that of the head itself."""
@@ -146,6 +149,7 @@ def test_heads_of_any_size_have_a_norm(norm):
     assert_close(slope(1e25), slope(1.0), "float32", scale=np.abs(slope(1.0)).max())
 
 
+@pytest.mark.slow
 def test_shapes_initial_values_and_names_of_axes():
     norm = LayerNorm(per_head=True, use_bias=True, offset=1.0)
     config, params, x = layer(qk_norm=norm, value_norm=RMSNorm())
@@ -315,6 +319,7 @@ def test_l2_in_16_bits_is_the_cosine_of_the_rounded_heads():
     assert_close(scores, expected, "bfloat16")
 
 
+@pytest.mark.slow
 def test_a_head_of_zeros_has_no_direction_and_no_gradient():
     config, params, _ = cosine_layer(normal(5, B, T, D))
     x, value = normal(5, B, T, D).at[0, 2].set(0.0), normal(6, B, T, D)
@@ -338,6 +343,7 @@ def test_l2_hides_no_nan(broken):
     assert np.isfinite(output[1]).all()
 
 
+@pytest.mark.slow
 def test_l2_s_gradient_is_that_of_the_quotient():
     """The largest feature that is divided out carries no gradient, and none is missing."""
     with x64():
@@ -352,6 +358,7 @@ def test_l2_s_gradient_is_that_of_the_quotient():
     assert slope == pytest.approx(differences, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_the_epsilon_of_the_norms():
     x = normal(5, B, T, D)
     scores = lambda **fields: multi_head_attention(
@@ -366,6 +373,7 @@ def test_the_epsilon_of_the_norms():
     assert_close(scores(qk_norm=L2Norm(epsilon=1e6)), flat, "float32")
 
 
+@pytest.mark.slow
 def test_nan_in_padding_reaches_no_gradient_of_the_norms():
     config = MultiHeadAttentionConfig(N, H, qk_norm="rms", use_sinks=True, position=Rotary(dim=4))
     x = normal(6, B, T, D).at[0, 5:].set(jnp.nan)

@@ -182,6 +182,7 @@ def size_of(gradient, path):
     return float(np.sqrt(sum((np.asarray(x).astype(np.float64) ** 2).sum() for x in leaves)))
 
 
+@pytest.mark.slow
 @parametrized(ALL_CASES)
 def test_forward(case):
     check_forward(case, "float32")
@@ -193,6 +194,7 @@ def test_forward_float64(case):
         check_forward(case, "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @parametrized(LOW_CASES)
 def test_forward_low_precision(case, dtype):
@@ -212,6 +214,7 @@ def test_gradient(case, dtype):
     check_slopes(case, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_softmax_is_in_float32(dtype):
     """Logits 3840 and 3840.875 are one number in 16 bits; their weights are 0.29 and 0.71."""

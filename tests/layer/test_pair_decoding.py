@@ -125,6 +125,7 @@ def test_steps_with_a_mask_are_one_pass(name, layer):
     assert abs(np.asarray(expected - one_pass(params, config))).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", SCORES)
 def test_steps_with_a_score_are_one_pass(name, layer):
@@ -148,6 +149,7 @@ def test_a_ring_that_goes_round_with_room_to_go_back():
         assert_same(in_pieces(params, config, pieces, slack, attention_mask=mask), expected)
 
 
+@pytest.mark.slow
 def test_one_trace_of_a_step_while_the_mask_s_arrays_change():
     config, params = layer_of("line")
     traces = []
@@ -169,6 +171,7 @@ def test_one_trace_of_a_step_while_the_mask_s_arrays_change():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_a_prefix_that_sees_itself_and_then_causal_order():
     """What a cache of `is_causal=False` does by its first call, a mask says of every pair."""
     config, params = layer_of("line")
@@ -182,6 +185,7 @@ def test_a_prefix_that_sees_itself_and_then_causal_order():
     assert_close(jnp.concatenate(outputs, 1), expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [False, True])
 def test_an_encoder_s_keys_stand_in_their_slots_and_queries_count_on(latent):
     S = 7
@@ -230,6 +234,7 @@ class ByRoot(Score):
         return logits - weight[n] * jnp.sqrt(s.astype(logits.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 3])
 def test_slots_of_a_ring_that_were_never_written_have_no_place_below_zero(first):
     config, params = layer_of("ring", score=ByRoot())
@@ -244,6 +249,7 @@ def test_slots_of_a_ring_that_were_never_written_have_no_place_below_zero(first)
     assert_trees_close(gradient, jax.grad(whole)(params), "float32")
 
 
+@pytest.mark.slow
 def test_a_scan_over_tokens_under_vmap():
     """Caches of one sequence: each has its own array, and is example 0."""
     config, params = layer_of("ring", score=ByDistance())
@@ -261,6 +267,7 @@ def test_a_scan_over_tokens_under_vmap():
     assert_close(jax.jit(jax.vmap(decode))(X, IDS), expected, "float32")
 
 
+@pytest.mark.slow
 def test_beams_take_their_examples_rows():
     """`reorder` moves examples: the function then sees the new example's index."""
     config, params = layer_of("line")

@@ -72,6 +72,7 @@ def attend(mask, config=CONFIG, params=PARAMS, x=X, **call):
     return multi_head_attention(params, x, x, config=config, attention_mask=mask, **call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_its_array(name, implementation):
@@ -86,6 +87,7 @@ def test_a_mask_is_its_array(name, implementation):
     assert_trees_close(gradient(mask, PARAMS, X), gradient(array, PARAMS, X), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_scores_of_all_and_of_chosen_queries(name):
     make, rule = MASKS[name]
@@ -99,6 +101,7 @@ def test_scores_of_all_and_of_chosen_queries(name):
     assert_close(some, expected[:, :, rows], "float32")
 
 
+@pytest.mark.slow
 def test_every_face_takes_it():
     mask = Mask.function(same_id) | Mask.prefix(1)
     expected = attend(mask)
@@ -110,6 +113,7 @@ def test_every_face_takes_it():
     assert_close(activations.output, expected, "float32")
 
 
+@pytest.mark.slow
 def test_several_attended_axes_count_in_raster_order_and_all_batch_axes_as_one():
     """[2, 3, F, 4]: axes 1 and 3 attend; the others are examples 0 to 2 F - 1."""
     F = 3
@@ -127,6 +131,7 @@ def test_several_attended_axes_count_in_raster_order_and_all_batch_axes_as_one()
     assert abs(np.asarray(attend(None, config, x=x) - result)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_queries_and_keys_of_other_lengths():
     config = CONFIG.replace(num_kv_heads=1)
     query, value = normal(3, B, 4, D), normal(4, B, 7, 9)
@@ -155,6 +160,7 @@ def test_one_trace_while_the_arrays_change():
     assert flax_mha.layer.equation.layer._cache_size() <= before + 2  # an array's, a function's
 
 
+@pytest.mark.slow
 def test_under_vmap_remat_and_a_rank_of_two():
     """Examples one by one: each has its own array, and is example 0."""
 
@@ -169,6 +175,7 @@ def test_under_vmap_remat_and_a_rank_of_two():
     assert_close(jax.jit(jax.grad(loss))(X), jax.grad(plain)(X), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_16_bits(dtype):
     x = X.astype(dtype)
@@ -179,6 +186,7 @@ def test_in_16_bits(dtype):
     assert_close(result, attend(array, params=params, x=x), dtype)
 
 
+@pytest.mark.slow
 def test_dropout_has_the_same_bits():
     config = CONFIG.replace(dropout=0.4)
     key = jax.random.key(3)
@@ -187,6 +195,7 @@ def test_dropout_has_the_same_bits():
     assert_close(result, attend(dense(rule, B, N, T, T), config, dropout_key=key), "float32")
 
 
+@pytest.mark.slow
 def test_padding_of_a_mask_removes_and_within_a_union_forbids():
     real = jnp.asarray(np.arange(T) < np.array([[5], [3]]))
     filled = jnp.where(real[..., None], X, jnp.nan)

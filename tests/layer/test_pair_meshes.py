@@ -74,6 +74,7 @@ def one_and_cut(implementation):
     return (params, X, IDS), (put(params, specs, mesh), x, ids), config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_examples_and_heads_are_cut(implementation):
     """A device sees its own examples and heads; the function knows them by their whole indices."""

@@ -42,6 +42,7 @@ def derivatives(function, equation, x, kernel):
     )
 
 
+@pytest.mark.slow
 def test_every_derivative_is_the_einsum_s(call):
     equation, x, kernel = call
     got, expected = (jax.jit(derivatives, static_argnums=(0, 1)) for _ in range(2))

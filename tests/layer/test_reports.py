@@ -129,6 +129,7 @@ def test_what_people_hold_survives_pickle_and_copies(name):
         jax.tree.map(np.testing.assert_array_equal, other, thing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}], ids=["plain", "causal"])
 @pytest.mark.parametrize("sizes", [(0, 12, 12), (2, 0, 12), (2, 12, 0)], ids=str)
 def test_nothing_to_attend_to(sizes, call):

@@ -87,6 +87,7 @@ def test_vmap_over_stacked_params():
         assert_close(output, square(tree, QUERY), "float32")
 
 
+@pytest.mark.slow
 def test_vmap_over_the_heads_of_params():
     """Without biases, a layer is the sum of its heads, each a layer of its own."""
     config = CONFIG.replace(use_bias=False)
@@ -101,6 +102,7 @@ def test_vmap_over_the_heads_of_params():
     assert_close(heads.sum(0), layer(kernels, QUERY, VALUE, config, **MASKS), "float32")
 
 
+@pytest.mark.slow
 def test_vmap_over_dropout_keys():
     keys = jax.random.split(jax.random.key(7), 4)
 
@@ -159,6 +161,7 @@ def test_eval_shape():
     assert [x.shape for x in shapes] == [(B, T, D), (B, N, T, S)]
 
 
+@pytest.mark.slow
 def test_pmap_over_devices():
     query, value = normal(5, DEVICES, B, T, D), normal(6, DEVICES, B, S, M)
     value_mask = booleans(7, DEVICES, B, S)
@@ -172,6 +175,7 @@ def test_pmap_over_devices():
         assert_close(mapped[i], one(PARAMS, query[i], value[i], value_mask[i]), "float32")
 
 
+@pytest.mark.slow
 def test_pmap_with_a_mean_of_gradients():
     """Data-parallel training: the mean over devices is the gradient of the mean."""
     query, value = normal(5, DEVICES, B, T, D), normal(6, DEVICES, B, S, M)
@@ -188,6 +192,7 @@ def test_pmap_with_a_mean_of_gradients():
     assert_trees_close(gradient, jax.grad(loss)(PARAMS, *whole), "float32")
 
 
+@pytest.mark.slow
 def test_jit_with_named_sharding():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -227,6 +232,7 @@ def changed_masks(seed):
     }
 
 
+@pytest.mark.slow
 def test_one_trace_for_equal_configs_and_changed_data():
     traces = Traces()
     for i in range(3):
@@ -237,6 +243,7 @@ def test_one_trace_for_equal_configs_and_changed_data():
     assert traces.count == 1
 
 
+@pytest.mark.slow
 def test_another_config_or_shape_traces_again():
     """The control of the test before: the counter does count."""
     traces = Traces()

@@ -72,6 +72,7 @@ def test_of_one_head_no_head_is_named():
     assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == ("", "query", "key")
 
 
+@pytest.mark.slow
 def test_the_layers_scores_are_drawn():
     config = MultiHeadAttentionConfig(num_heads=N, key_dim=4)
     x = jax.random.normal(jax.random.key(0), (2, T, 8))
@@ -106,6 +107,7 @@ def test_numbers_as_labels_and_a_long_label_cut():
     assert visible("  x y ") == "␣␣x y␣"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (5, 300), (300, 5), (64, 64), (4, 64, 64), (700, 700)])
 def test_tick_labels_do_not_overlap(shape):
     names = [["token"] * n for n in shape[-2:]]
@@ -230,6 +232,7 @@ def test_every_kind_of_structure_is_drawn_as_its_array(mask):
     np.testing.assert_array_equal(kinds == ALLOWED, mask.as_array(T, S).reshape(-1, T, S))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "counts", "names"),
     [
@@ -265,6 +268,7 @@ def test_cells_are_separated_while_they_are_few():
     assert len(many.get_xticks(minor=True)) == 0
 
 
+@pytest.mark.slow
 def test_cells_below_a_pixel_mix_their_colours_not_their_kinds():
     mask = np.zeros((2000, 2000), bool)
     mask[::2, 0] = True  # kinds 0, 2, 0, 2 below one another, whose mean is 1: may attend
@@ -358,6 +362,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
 def test_a_notebook_shows_it_without_pyplot(make, tmp_path):
     before = matplotlib.pyplot.get_fignums()
@@ -372,9 +377,25 @@ def test_a_notebook_shows_it_without_pyplot(make, tmp_path):
     assert (tmp_path / "picture.pdf").read_bytes()[:5] == b"%PDF-"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
 def test_copies_show_themselves(make):
     figure = make()
     for other in (copy.deepcopy(figure), pickle.loads(pickle.dumps(figure))):
         other.suptitle("another")
         assert not np.array_equal(picture(other), picture(figure))
+
+
+def test_the_columns_of_bands_are_named_above_their_tokens():
+    left, right = plot_bands(np.array([[0.4, 0.6]])).axes
+    named = [
+        [(text.get_text(), text.get_position()) for text in axes.texts] for axes in (left, right)
+    ]
+    assert named == [[("query", (-0.02, 1))], [("key", (1.02, 1))]]
+
+
+def test_steps_between_labels_are_the_smallest_round_ones_that_fit():
+    rounds = [number * 10**power for power in range(5) for number in (1, 2, 5)]
+    for count, fits in itertools.product(range(1, 1200), (1, 3, 20, 34.5)):
+        wanted = next(step for step in rounds if count <= step * fits)
+        assert step_between(count, fits) == wanted, (count, fits)

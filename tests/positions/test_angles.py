@@ -36,6 +36,7 @@ def turned_units(rotary, positions, H, dtype="float32"):
     return np.stack(np.split(np.asarray(turned, np.float64), 2, -1), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [1e4, 5e5, 1e6, 1e7])
 def test_angles_are_exact_at_every_position(base):
     rotary, positions = Rotary(base=base), np.array(FAR, np.int32)
@@ -44,6 +45,7 @@ def test_angles_are_exact_at_every_position(base):
     assert error < 5e-7 < BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scaling",
     [LinearScaling(3.0), Llama3Scaling(), YarnScaling(4.0, 4096, attention_factor=1.0)],
@@ -55,6 +57,7 @@ def test_angles_are_exact_with_every_scaling(scaling):
     assert np.abs(turned_units(rotary, positions, 32) - expected).max() < 5e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
 def test_positions_of_every_integer_dtype(dtype):
     info = np.iinfo(dtype)
@@ -63,6 +66,7 @@ def test_positions_of_every_integer_dtype(dtype):
     assert np.abs(turned_units(Rotary(), positions, 16) - expected).max() < 5e-7
 
 
+@pytest.mark.slow
 def test_positions_of_numpy_s_own_dtype():
     """Outside a layer nothing has made 32 bits of them."""
     positions = np.array([10**6, 2**31 - 1])
@@ -71,6 +75,7 @@ def test_positions_of_numpy_s_own_dtype():
     assert np.abs(turned - waves(positions, Rotary().frequencies(16))).max() < 5e-7
 
 
+@pytest.mark.slow
 def test_positions_near_zero_turn_as_before():
     """As the product of float32 numbers did, to within its own error."""
     frequencies = Rotary().frequencies(64).astype(np.float32)
@@ -82,6 +87,7 @@ def test_positions_near_zero_turn_as_before():
     assert (ours[0] == [1.0, 0.0]).all()
 
 
+@pytest.mark.slow
 def test_with_x64_angles_are_the_plain_product():
     with x64():
         x = normal(0, 1, 3, 1, 8, dtype="float64")
@@ -110,6 +116,7 @@ class Own(Rotary):
         return jnp.asarray(values, "float32") * 1.0 if self.kind == "jax" else values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["numpy", "jax"])
 def test_own_frequencies_keep_working(kind):
     rotary, positions = Own(kind=kind), np.array([0, 3, 10**6, -9], np.int32)
@@ -119,6 +126,7 @@ def test_own_frequencies_keep_working(kind):
     assert_close(compiled, rotary(normal(0, 1, 4, 1, 8), positions[None]), "float32")
 
 
+@pytest.mark.slow
 def test_far_angles_under_every_transformation():
     rotary, x = Rotary(base=5e5), normal(1, 2, 3, 2, 16)
     positions = jnp.array([[10**6, 2**24 + 1, 7], [-5, 2**31 - 1, 1]], "int32")

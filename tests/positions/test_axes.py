@@ -78,6 +78,7 @@ def positions_of(rotary, seed=0, length=T, floats=False):
     return rng.integers(-50, 1000, size=(rotary.axes, B, length)).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floats", [False, True], ids=["integers", "floats"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_pair_turns_by_its_axis(name, floats):
@@ -89,6 +90,7 @@ def test_each_pair_turns_by_its_axis(name, floats):
     assert_close(half, turned(x, positions, rotary), "bfloat16")
 
 
+@pytest.mark.slow
 def test_with_x64_floats_have_all_their_bits():
     with x64():
         rotary = LAYOUTS["restarted"]
@@ -99,6 +101,7 @@ def test_with_x64_floats_have_all_their_bits():
         np.testing.assert_allclose(rotary(x, far), turned(x, far, rotary), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_one_axis_is_rotary_and_the_same_positions_on_all_axes_are_text():
     x, at = normal(0, B, T, N, H), np.arange(T, dtype=np.int32)[None] + 10**6
     plain = Rotary(base=1e6)(x, at)
@@ -141,6 +144,7 @@ def expected_scores(params, x, source, at, source_at, rotary):
     return powers / powers.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("name", ["whole", "in_turns", "restarted", "dealt"])
 def test_a_layer_with_positions_of_several_axes(name, implementation):
@@ -165,6 +169,7 @@ def test_a_layer_with_positions_of_several_axes(name, implementation):
     assert np.isfinite(gradient(x)).all()
 
 
+@pytest.mark.slow
 def test_none_counts_alike_on_all_axes():
     config, params = layer("whole")
     x = normal(1, B, T, D)
@@ -198,6 +203,7 @@ def test_under_vmap_and_over_pictures():
     assert_close(call(picture, grid).reshape(B, 6, D), flat, "float32")
 
 
+@pytest.mark.slow
 def test_decoding_with_positions_is_one_causal_pass():
     """A picture in the middle, after which text counts on from its largest position."""
     config, params = layer("whole")
@@ -233,6 +239,7 @@ def test_queries_beside_an_encoder():
     assert_close(beside, together, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_along_a_context_axis(layout):
     """The whole sequence in the layout's order, with its positions and without."""
@@ -283,6 +290,7 @@ def test_on_a_mesh_over_the_batch(kind):
         assert_close(run(params, x, at), expected, "float32")
 
 
+@pytest.mark.slow
 def test_nan_for_a_position_in_padding_goes_nowhere():
     config, params = layer("restarted")
     x, at = normal(1, B, T, D), positions_of(config.position, floats=True)
@@ -302,6 +310,7 @@ def test_nan_for_a_position_in_padding_goes_nowhere():
     assert np.isnan(shown).all()  # where it is not padding, it is not hidden
 
 
+@pytest.mark.slow
 def test_float_positions_can_be_learned():
     config, params = layer("restarted")
     x, at = normal(1, B, T, D), jnp.asarray(positions_of(config.position, floats=True))

@@ -51,6 +51,7 @@ def layer(class_token, rows=2, columns=3, **fields):
     return config, params, rows * columns + class_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("class_token", [False, True])
 def test_a_layer_with_a_grid_is_the_layer_with_its_dense_bias(class_token, implementation):
@@ -72,6 +73,7 @@ def test_a_layer_with_a_grid_is_the_layer_with_its_dense_bias(class_token, imple
     assert_close(scores, whole[:, :, rows], "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_gradient_reaches_the_table(implementation):
     """Each number's is the sum over the pairs that read it."""
@@ -93,6 +95,7 @@ def test_the_gradient_reaches_the_table(implementation):
     assert np.abs(expected).min() > 0
 
 
+@pytest.mark.slow
 def test_16_bits_pictures_masks_and_jit():
     config, params, _ = layer(False)
     x = normal(1, B, 2, 3, D)  # rows and columns attended together: raster order

@@ -78,6 +78,7 @@ def layer(growth, **fields):
     return config, random_params(param_shapes(config, x.shape)), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @each
 def test_queries_grow(name, implementation):
@@ -89,6 +90,7 @@ def test_queries_grow(name, implementation):
     assert np.abs(output - without).max() > 1e-2
 
 
+@pytest.mark.slow
 @each
 def test_positions_count_from_a_cache_or_are_given(name):
     config, params, x = layer(GROWTHS[name])

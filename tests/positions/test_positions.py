@@ -287,6 +287,7 @@ def test_positions_begin_anew_in_each_segment():
         assert_close(packed[:, start : start + part.shape[1]], alone, "float32")
 
 
+@pytest.mark.slow
 def test_an_id_that_comes_back_counts_on():
     """It attends to its first run, so the two are one document: as if nothing stood between."""
     ids = np.random.default_rng(0).integers(-2, 3, size=(3, 40))
@@ -390,3 +391,23 @@ def test_bad_rotary():
     x = normal(7, B, T, D)
     with pytest.raises(ValueError, match=r"even number of features.*key_dim=7.*Set `dim`"):
         multi_head_attention(random_params(param_shapes(config, x.shape)), x, x, config=config)
+
+
+@pytest.mark.parametrize("name", ["num_buckets", "max_distance"])
+def test_t5_s_bias_has_four_buckets_and_distances_at_least(name):
+    assert getattr(RelativeBias(**{"num_buckets": 4} | {name: 4}), name) == 4
+    for number in (3, 1):
+        with pytest.raises(ValueError, match=rf"\.{name}` must be at least 4.*={number}\."):
+            RelativeBias(**{name: number})
+
+
+@pytest.mark.parametrize(("buckets", "bidirectional"), [(32, True), (16, False), (512, True)])
+def test_t5_s_bias_has_room_for_the_buckets_that_hold_several_distances(buckets, bidirectional):
+    """From 0 / 0 came a bucket of -2^63, which a table reads as its first."""
+    exact = buckets // 4 if bidirectional else buckets // 2
+    for distance in (4, exact):
+        with pytest.raises(ValueError, match=f"above the {exact} distances.*={distance}, num_buc"):
+            RelativeBias(buckets, distance, bidirectional)
+    bias = RelativeBias(buckets, exact + 1, bidirectional)
+    found = bias.buckets(-np.array([exact - 1, exact, exact + 1, 3 * exact]))
+    assert found.tolist() == [exact - 1, exact, 2 * exact - 1, 2 * exact - 1]

@@ -75,6 +75,7 @@ OWN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", OWN, ids=lambda x: type(x).__name__)
 def test_own_positions_are_saved(position):
     config = MultiHeadAttentionConfig(N, H, position=position)
@@ -89,6 +90,7 @@ def test_own_positions_are_saved(position):
     assert np.abs(np.asarray(expected - plain)).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", OWN, ids=lambda x: type(x).__name__)
 def test_own_positions_in_modules_that_are_restored(position):
     x = normal(1, B, T, D)

@@ -212,3 +212,9 @@ def test_slopes_of_mpt(num_heads, max_bias):
     theirs = mpt.build_mpt_alibi_tensor(num_heads, 5, max_bias).numpy()[:, 0]
     ours = Alibi(max_bias=max_bias)(np.arange(-4, 1), num_heads)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_longrope_of_other_heads_says_what_does_not_fit():
+    said = r"each pair of features that turn\. Received: 8 factors, 4 pairs\. Set `Rotary\(dim="
+    with pytest.raises(ValueError, match=said):
+        Rotary(scaling=LongRopeScaling(LONG)).frequencies(8)

@@ -102,6 +102,7 @@ BUILT_IN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_three_lines_are_the_built_in_one(name, implementation):
@@ -119,6 +120,7 @@ def test_three_lines_are_the_built_in_one(name, implementation):
     assert abs(np.asarray(output - nothing)).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_a_temperature_of_each_head_is_a_larger_query(implementation):
     config, params = layer_of(Temperature(), implementation=implementation)
@@ -136,6 +138,7 @@ def test_a_temperature_of_each_head_is_a_larger_query(implementation):
     assert_trees_close(gradients, expected, "float32")
 
 
+@pytest.mark.slow
 def test_it_comes_after_cap_bias_and_position_and_before_the_mask():
     @dataclasses.dataclass(frozen=True)
     class Cubed(Score):
@@ -162,6 +165,7 @@ def test_it_comes_after_cap_bias_and_position_and_before_the_mask():
     assert_close(some, expected[:, :, np.asarray(rows)], "float32")
 
 
+@pytest.mark.slow
 def test_several_attended_axes_and_batch_axes():
     class ByPlace(Score):
         def __call__(self, logits, b, n, t, s):
@@ -192,6 +196,7 @@ def test_dropout_vmap_remat_and_a_mask_of_functions():
     assert_trees_close(renamed(gradient, score="relative_bias"), wanted, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_parameters_come_in_the_dtype_of_the_logits(dtype):
     """Strict promotion: a score in float32 of 16-bit heads, in float64 of float64 ones."""

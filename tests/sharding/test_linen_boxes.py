@@ -102,6 +102,7 @@ def test_named_parameters_have_the_values_and_outputs_of_the_others():
     assert_close(plain.apply(variables, X, X), output, "float32", "boxed")
 
 
+@pytest.mark.slow
 def test_init_under_jit_lays_out_what_the_rules_name():
     mesh = make_mesh()
     layer = MultiHeadAttention(**SIZES, partition_rules=RULES)
@@ -182,6 +183,7 @@ def test_what_the_mesh_cannot_is_refused_at_init():
             MultiHeadAttention(**SIZES, partition_rules=RULES).init(KEY, narrow, narrow)
 
 
+@pytest.mark.slow
 def test_rules_are_asked_where_parameters_are_made_alone():
     """Arrays of whole heads are applied on any mesh: only their making needs one that fits."""
     layer = MultiHeadAttention(num_heads=6, key_dim=8, partition_rules={"N": "model"})
@@ -270,6 +272,7 @@ def test_initializers_with_logical_partitioning():
     assert_close(output, plain.apply(plain.init(KEY, X, X), X, X), "float32")
 
 
+@pytest.mark.slow
 def test_bias_initializers_where_the_ranks_agree():
     fields = dict(SIZES, use_bias=PROJECTIONS, bias_initializer=NAMED_BIAS)
     variables = MultiHeadAttention(**fields).init(KEY, X, X)
@@ -415,6 +418,7 @@ def test_constraints_act_inside_boxes():
 # --- explicit meshes ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_on_an_explicit_mesh_arrays_lie_where_they_are_named(jit):
     """There Flax's `unbox` is an assertion; its own layers fail it (flax 0.12)."""
@@ -438,6 +442,7 @@ def test_on_an_explicit_mesh_arrays_lie_where_they_are_named(jit):
             assert jax.eval_shape(make, KEY)["kernel"].value.sharding.spec == spec, name
 
 
+@pytest.mark.slow
 def test_a_layer_on_an_explicit_mesh():
     layer = MultiHeadAttention(**SIZES, partition_rules={"D": "fsdp"})
     plain = MultiHeadAttention(**SIZES)

@@ -123,6 +123,7 @@ def test_other_metadata_is_kept():
     assert specs_of(layer)["query"]["kernel"] == P()
 
 
+@pytest.mark.slow
 def test_a_keras_initializer_keeps_its_fans_in_metadata():
     named = nnx.with_partitioning(
         CONFIG.replace(kernel_initializer="he_normal").kernel_initializer, NAMES

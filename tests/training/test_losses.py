@@ -31,6 +31,7 @@ def pair(**arguments):
     return config, layer, params, [normal(i, *shape) for i, shape in enumerate(SHAPES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize(
     "regularizers",
@@ -49,6 +50,7 @@ def test_regularization_is_keras_s_sum(regularizers, use_bias):
     assert_close(regularization_loss(params, config), expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"use_gate": True}, {"output_shape": (3, 2)}], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_activity_is_keras_s_sum(arguments, masked):
@@ -62,6 +64,7 @@ def test_activity_is_keras_s_sum(arguments, masked):
     assert_close(activity_loss(activations, config), sum(losses), "float32")
 
 
+@pytest.mark.slow
 def test_a_sequence_without_batch_counts_as_a_batch_of_one():
     config, _, params, (query, value, key) = pair(activity_regularizer=L1)
     single = forward(params, query[0], value[0], key[0], config=config)
@@ -100,6 +103,7 @@ def test_forward_fills_what_it_promises():
         forward(params, query, value, key, config=config, value_maks=None)
 
 
+@pytest.mark.slow
 def test_linen_collects_losses_once_a_parameter_and_once_a_call():
     config, _, params, (query, value, key) = pair(
         kernel_regularizer="l2", bias_regularizer=L1, activity_regularizer=L1

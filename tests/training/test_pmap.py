@@ -93,6 +93,7 @@ def test_training_by_pmap_is_training_on_one_device(params, batch):
         assert_trees_close(jax.tree.map(lambda a, i=i: a[i], found), right, "float32")
 
 
+@pytest.mark.slow
 def test_without_its_place_a_device_drops_what_the_first_one_does(params, batch):
     """So the test above sees the masks."""
     _, losses = trained(jax.jit(on_one_device), params, batch)

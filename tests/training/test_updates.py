@@ -39,6 +39,7 @@ def made(arguments):
     return config, random_params(param_shapes(config, (B, T, D)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", CONSTRAINTS.values(), ids=CONSTRAINTS)
 def test_apply_is_what_keras_applies_to_each_variable(arguments):
     config, params = made(arguments)
@@ -55,6 +56,7 @@ def test_apply_is_what_keras_applies_to_each_variable(arguments):
     assert_trees_close(apply_constraints(params, config), expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", CONSTRAINTS.values(), ids=CONSTRAINTS)
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.5), optax.adam(0.1)], ids=["sgd", "adam"])
 def test_the_constraint_holds_after_every_update(arguments, optimizer):

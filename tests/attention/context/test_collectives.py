@@ -102,6 +102,7 @@ def test_a_ring_permutes_and_does_nothing_else(layout, packed):
     assert largest(program) <= max(ROWS, TILE, booleans) < T // n * T // n * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "count"), [(1, 2), (512, 2), (513, 3), (4000, n)], ids=str)
 def test_a_window_makes_the_ring_shorter(window, count):
     """A device has 512 queries; the first of them looks back as far as the window."""
@@ -110,12 +111,14 @@ def test_a_window_makes_the_ring_shorter(window, count):
     assert kinds(program) == {"collective-permute"}
 
 
+@pytest.mark.slow
 def test_a_window_of_both_sides_begins_with_keys_from_behind():
     program = compiled("ring", is_causal=False, local_window_size=(100, 600))
     assert set(hops(program)) == {4}  # one before, itself, two behind
     assert kinds(program) == {"collective-permute"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_all_gather_gathers_keys_and_scatters_their_gradients(layout):
     forward = compiled("all_gather", layout, K=2, packed=True, gradient=False)
@@ -127,6 +130,7 @@ def test_all_gather_gathers_keys_and_scatters_their_gradients(layout):
     assert ROWS < T * 2 * H * 4 <= largest(backward) <= max(T * 2 * H * 4, 2 * TILE)
 
 
+@pytest.mark.slow
 def test_all_to_all_exchanges_and_does_nothing_else():
     program = compiled("all_to_all", "contiguous", K=n, N=n)
     assert kinds(program) == {"all-to-all"}
@@ -154,6 +158,7 @@ def visited(layout, spans_of, count):
     return np.asarray(jax.jit(run, compiler_options=QUICKLY)(jnp.zeros((1, T, 1, 1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spans_of", "count"),
     [(key_spans, "query_blocks"), (query_spans, "key_blocks")],

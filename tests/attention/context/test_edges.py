@@ -41,6 +41,7 @@ def close(actual, expected):
     np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "T"),
     [
@@ -133,6 +134,7 @@ def tangents(strategy):
     return on_mesh(lambda *x: jax.jvp(attend, x, x)[1], *X)
 
 
+@pytest.mark.slow
 def test_forward_mode():
     close(tangents("all_gather"), jax.jvp(dot_product_attention, X, X)[1])
     with pytest.raises(TypeError, match=r"forward-mode .*\(jvp\) to a custom_vjp"):
@@ -197,6 +199,7 @@ def test_an_axis_of_pmap_is_an_axis(strategy):
     close(jnp.concatenate(list(gradient), 1), jax.grad(whole)(X[0]))
 
 
+@pytest.mark.slow
 def test_in_a_shard_map_of_the_caller():
     """Inside, arrays are a device's own; a bias has their rows, and the columns of all keys."""
     mesh, bias = mesh_of(MESH), normal(5, 1, 4, T, T)

@@ -36,6 +36,7 @@ def counted(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", few([*SERVED, *WHOLE], QUICK))
 def test_numbers_of_one_device(feature, counted):
     layout = "zigzag" if feature in ("segments", "dropout") else "contiguous"
@@ -43,6 +44,7 @@ def test_numbers_of_one_device(feature, counted):
     assert set(counted) == {1 if feature in WHOLE else FEATURES[feature].K}
 
 
+@pytest.mark.slow
 def test_heads_that_xla_may_have_cut_stay_together(counted):
     """On automatic axes; on explicit ones each device has groups of its own heads."""
     assert_alike((1, 2, 4), axis_of("ring"), "dropout")

@@ -43,6 +43,7 @@ def test_kernels_where_nothing_is_left_to_xla(sizes, kind, expected, strategy):
     assert kernels_in(opened(strategy), mesh_of(sizes, kind), spec) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "all_gather"])
 def test_in_a_shard_map_over_some_axes(strategy):
     """JAX takes no kernel beside an automatic axis, though one device is on it: blocks run."""

@@ -76,6 +76,7 @@ def close(actual, expected):
     np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strategy", "layout", "opens"),
     slowly(
@@ -91,6 +92,7 @@ def test_numbers_of_one_device(name, strategy, layout, opens):
     assert_alike(name, axis_of(strategy, layout), mesh_of(), opens=opens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strategy"),
     slowly(
@@ -144,6 +146,7 @@ def test_an_interpreted_kernel(name, layout, monkeypatch):
 # --- a ring's gradient, of some heads at a time -------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
     slowly(
@@ -171,6 +174,7 @@ def far(table, b, n, t, s):
     return table[s - t + T] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "layout"),
     slowly(itertools.product(STRATEGIES, LAYOUTS), ("all_to_all", "zigzag")),
@@ -240,6 +244,7 @@ def test_one_query_a_device(strategy, of):
     close(result, dot_product_attention(query, key, value, **given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "layout"),
     slowly(itertools.product(STRATEGIES, LAYOUTS), ("ring", "zigzag")),
@@ -261,6 +266,7 @@ def test_an_axis_of_vmap_is_an_axis(strategy, layout):
     close(whole, dot_product_attention(*X, **call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "opens"),
     slowly(itertools.product(STRATEGIES, (OPENED, CALLERS)), ("all_gather", OPENED)),
@@ -335,6 +341,7 @@ def test_an_array_of_the_device_s_own_is_too_short():
         jax.eval_shape(mapped, *X, ids)
 
 
+@pytest.mark.slow
 def test_a_derivative_of_its_own():
     """What the call opens serves it; a caller's `jax.shard_map` must not check what varies."""
     score = lambda x, b, n, t, s: jax.nn.relu(x) + (t < s).astype(x.dtype)

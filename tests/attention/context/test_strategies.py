@@ -55,6 +55,7 @@ def test_numbers_of_one_device(sizes, strategy, feature):
     assert_alike(sizes, axis_of(strategy), feature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "strategy", "feature"),
     few(

@@ -14,6 +14,7 @@ WITHOUT = {"bias": "bias", "distance_bias": "bias", "dropout=0.1": "dropout", "f
 BUILT_IN = {f"f: {name}": name for name in ("causal", "window=1023", "segments", "soft_cap")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [True])  # which needs the forward pass
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", CONTENDERS)
@@ -40,6 +41,7 @@ def numbers(data):
     return {name: jnp.asarray(arrays[name], x.dtype) for name, x in data.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_functions_compute_what_is_built_in(name):
     """Their figures are those of the same function, gradient included."""

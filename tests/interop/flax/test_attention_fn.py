@@ -168,6 +168,7 @@ def test_linen_module_has_flax_s_numbers_for_every_mask(function, mask):
     check_linen_module(function, mask)
 
 
+@pytest.mark.slow
 def test_linen_module_has_flax_s_numbers():
     check_linen_module("blockwise", "booleans")
 
@@ -394,6 +395,7 @@ def test_nnx_module_has_flax_s_numbers(function):
     assert_close(ours[1][1], flax_s[1][1], "float32")
 
 
+@pytest.mark.slow
 def test_nnx_module_has_flax_s_output():
     x, mask = normal(0, B, T, D), open_rows(booleans(1, B, N, T, T))
     ours, flax_s = nnx_pair(BLOCKWISE)
@@ -422,6 +424,7 @@ def test_nnx_decodes_step_by_step():
     assert_close(jnp.concatenate(outputs, 1), whole, "float32")
 
 
+@pytest.mark.slow
 def test_nnx_dropout_and_sown_weights():
     ours, flax_s = nnx_pair(attention_fn, dropout_rate=0.3, broadcast_dropout=False)
     x = normal(0, B, T, D)
@@ -441,6 +444,7 @@ def nnx_sown(layer, x):
     return jax.tree.leaves(kept)[0]
 
 
+@pytest.mark.slow
 def test_nnx_refuses_what_it_cannot_honour():
     x = normal(0, B, T, D)
     layer, _ = nnx_pair(attention_fn, dropout_rate=0.3)

@@ -316,6 +316,7 @@ def test_sizes_that_are_not_the_module_s_and_stacked_layers():
         from_nnx_module(nnx_layer(jax.tree.map(lambda x: jnp.stack([x, x]), weights(M=C))))
 
 
+@pytest.mark.slow
 def test_layer_norms_of_queries_and_keys_come_and_go():
     scales = {"query_ln": normal(20, H), "key_ln": normal(21, H)}
     tree = {**weights(), **{name: {"scale": scale} for name, scale in scales.items()}}
@@ -331,6 +332,7 @@ def test_layer_norms_of_queries_and_keys_come_and_go():
         to_flax_params(params, config.replace(qk_norm=LayerNorm(epsilon=0.1)))
 
 
+@pytest.mark.slow
 def test_layer_norms_of_nnx_come_and_go():
     layer = nnx.MultiHeadAttention(N, D, N * H, normalize_qk=True, decode=False, rngs=nnx.Rngs(0))
     for name, seed in (("query_ln", 20), ("key_ln", 21)):

@@ -183,6 +183,7 @@ def arrays_of(layout):
     return {name: random.normal(size=shape).astype("float32") for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("by_root", [False, True])
 def test_what_is_loaded_is_scale_b_a_in_the_file(layout, by_root, tmp_path):
@@ -304,6 +305,7 @@ def test_towers_by_the_names_of_modules(model_type, saved):
             assert renamed(f"{before}encoder.layers.0.self_attn.q_proj", model_type) == live
 
 
+@pytest.mark.slow
 def test_some_of_a_fused_module(tmp_path):
     """Of query and value, each with an a of its own, in one module that holds the key too."""
     base = checkpoints.write(tmp_path / "base", FALCON, arrays_of("falcon"))
@@ -597,7 +599,7 @@ def test_what_cannot_be_saved(base, tuned, tmp_path):
     wrong = {**adapter.lora, "query": adapter.lora["attention_output"]}
     refused(r"`lora\['query'\]` must be a \[D, r\]", {PATHS[0]: adapter._replace(lora=wrong)})
     unknown = {"gate": adapter.lora["query"]}
-    refused(r"Adapters are of this layer's proj", {PATHS[0]: adapter._replace(lora=unknown)})
+    refused(r"adapters are of this layer's proj", {PATHS[0]: adapter._replace(lora=unknown)})
 
 
 def test_a_module_that_serves_twice(tmp_path):

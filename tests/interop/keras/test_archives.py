@@ -89,7 +89,7 @@ def test_a_member_of_another_size_than_declared(tmp_path, members, packed, chang
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_heads": 10**30}, r"\['query'\]\['kernel'\] must be"),
+        ({"num_heads": 10**30}, r"`num_heads` must be a positive integer below 2\*\*31"),
         ({"num_heads": [3]}, "description of 'layers/.*TypeError.*Pass `config=`"),
         ({"dtype": 5}, "description of .* must be one that can be used"),
         (

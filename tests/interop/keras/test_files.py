@@ -54,6 +54,7 @@ def without_names(path, target):
             archive.writestr(name, source.read(name))
 
 
+@pytest.mark.slow
 def test_the_names_are_those_of_the_model(saved):
     assert set(NAMES) == set(saved[1])
 
@@ -98,6 +99,7 @@ def test_layers_of_custom_classes_need_a_config(saved, name):
     same_bits(to_keras_weights(params, config), numbers(custom[name]))
 
 
+@pytest.mark.slow
 def test_the_list_of_layers(saved):
     layers = list_keras_layers(saved[0] / "model.keras")
     assert sorted(layer.name for layer in layers) == sorted([*NAMES, "undescribed/hidden", "own"])
@@ -222,6 +224,7 @@ assert not any(module.startswith("keras.") for module in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_keras_is_not_needed(saved):
     folder, layers, _ = saved
     command = [sys.executable, "-c", READER, str(folder), json.dumps(NAMES)]

@@ -362,3 +362,22 @@ def test_the_policy_tells_the_dtypes(tmp_path, policy, dtypes):
     path = hub.hub_archive(tmp_path / "a.keras", "LlamaBackbone", dtype=policy)
     config = load_keras_file(path, FIRST)[0]
     assert (config.dtype, config.param_dtype) == dtypes
+
+
+def test_gpt_oss_has_a_window_in_every_second_layer_alone(tmp_path):
+    """A query sees `sliding_window` keys before it: with itself one more."""
+    fields = {name: hub.FIELDS["LlamaBackbone"][name] for name in hub.COMMON | hub.GROUPED}
+    fields |= {"num_layers": 4, "head_dim": 6, "sliding_window": 7, "dropout": 0}
+    fields |= {"rope_max_wavelength": 777.0, "rope_scaling_factor": 1.0}
+    shapes = {}
+    for number in ("", "_1", "_2", "_3"):
+        block = f"layers/gpt_oss_transformer_decoder{number}/self_attention_layer"
+        kernels = hub.arrays(block, [(24, 4, 6), (24, 2, 6), (24, 2, 6), (4, 6, 24)])
+        biases = zip(kernels, [(4, 6), (2, 6), (2, 6), (24,)])
+        shapes |= kernels | {name[:-1] + "1": shape for name, shape in biases}
+        shapes[f"{block}/vars/0"] = (4,)
+    path = hub.written(tmp_path / "a.keras", hub.entry("GptOssBackbone", fields), shapes)
+    configs = [layer.config for layer in load_attention(path).values()]
+    assert [config.sliding_window for config in configs] == [None, 8, None, 8]
+    oss = LLAMA.replace(use_bias=True, use_sinks=True, position=Rotary(777.0, 6))
+    assert [config.replace(sliding_window=None) for config in configs] == [oss] * 4

@@ -70,6 +70,7 @@ def beside(layer):
     return ours(config, params, lora=lora, lora_scale=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 def test_a_file_holds_the_adapters_merged(trained, name, tmp_path):
     model, _, x, wanted = trained
@@ -100,6 +101,7 @@ def test_a_trained_layer_live(trained):
         np.testing.assert_allclose(params[name]["kernel"], kernel, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("alphas", [(3, 3, 3), (1, 4, 8), (5, 3, 7)])
 def test_apart_and_merged_are_keras_s_numbers(kind, alphas):
@@ -135,6 +137,7 @@ def test_the_arrays_are_keras_s_bit_for_bit(kind):
                 np.testing.assert_array_equal(blocks[n, :, m], b if n == m else np.zeros_like(b))
 
 
+@pytest.mark.slow
 def test_they_are_trained_on():
     layer, _ = adapted("plain")
     config, params = from_keras_layer(layer, adapters="apart")
@@ -159,6 +162,7 @@ def test_adapters_beside_int8():
         from_keras_layer(layer, adapters="merged")
 
 
+@pytest.mark.slow
 def test_a_rank_that_a_kernel_has_not_is_merged_or_refused():
     layer, wanted = adapted("plain", rank=9)  # of two heads, 18 of 16 features
     with pytest.raises(ValueError, match=r"'query' must be at most 8.*rank 9.*adapters='merged'"):

@@ -88,6 +88,7 @@ def same_trees(one, two):
 # --- the same weights ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("mode", [WEIGHTS_ALONE, INT4], ids=["int8", "int4"])
 def test_of_weights_alone_the_numbers_are_keras_s(kind, mode):
@@ -97,6 +98,7 @@ def test_of_weights_alone_the_numbers_are_keras_s(kind, mode):
     np.testing.assert_allclose(ours(config, params), answer(layer), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bare", "gated", "grouped"])
 @pytest.mark.parametrize("mode", ["int8", INT4], ids=["int8", "int4"])
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
@@ -125,6 +127,7 @@ def test_the_weights_are_keras_s_to_float32_s_last_digit(kind, mode):
         np.testing.assert_allclose(plain, exact, rtol=2**-22, atol=0)
 
 
+@pytest.mark.slow
 def test_a_float_layer_of_the_dequantized_kernels_answers_alike():
     _, small = quantized("plain", "int8")
     _, layer = model_of("plain")
@@ -136,6 +139,7 @@ def test_a_float_layer_of_the_dequantized_kernels_answers_alike():
     np.testing.assert_allclose(ours(config, params), answer(layer), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 def test_sixteen_bits(policy, name, tmp_path):
@@ -200,6 +204,7 @@ def test_keras_s_int8_differs_by_its_rounding_of_inputs_alone():
 # --- beside -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_of_other_frameworks_take_no_int8(tmp_path):
     model, layer = quantized("plain", "int8")
     config, params = from_keras_layer(layer)
@@ -241,6 +246,7 @@ def whole(tmp_path_factory):
     return from_keras_layer(layer)[0], path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
@@ -263,6 +269,7 @@ def test_other_quantizations_are_refused_by_name(mode, message, tmp_path):
             load_keras_file(path)
 
 
+@pytest.mark.slow
 def test_a_mode_that_nobody_knows():
     _, layer = quantized("plain", "int8")
 
@@ -275,6 +282,7 @@ def test_a_mode_that_nobody_knows():
         from_keras_layer(layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "array", "message"),
     [
@@ -305,6 +313,7 @@ def test_a_file_that_makes_no_sense(path, array, message, tmp_path, whole):
             load_keras_file(file, **told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "scale", "message"),
     [

@@ -89,6 +89,7 @@ def other_numbers(path, names):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
 def test_a_copy_with_layers_replaced(saved, tmp_path, file):
     folder, model, layers = saved
@@ -121,6 +122,7 @@ def test_the_archive_is_a_model_that_keras_loads(tmp_path):
     assert [name for name in new if new[name] != old[name]] == ["model.weights.h5"]
 
 
+@pytest.mark.slow
 def test_a_file_may_replace_itself(saved, tmp_path):
     path = tmp_path / "model.weights.h5"
     path.write_bytes((saved[0] / path.name).read_bytes())

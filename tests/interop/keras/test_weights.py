@@ -42,6 +42,7 @@ FIRST = ("gated", "bare", "grouped all")
 CALLS = [v if v in FIRST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CALLS)
 def test_the_layer_gives_the_same_numbers(variant):
     layer, shapes = built_layer(variant)
@@ -81,6 +82,7 @@ def test_separate_key_features():
     assert_close(ours, answers(layer, query, value, key)[0], "float32")
 
 
+@pytest.mark.slow
 def test_the_config_is_the_layers():
     with relaxed():
         layer = keras.layers.MultiHeadAttention(

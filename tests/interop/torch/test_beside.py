@@ -85,6 +85,7 @@ def after_a_step(params, config):
     return optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "lacking"), [("qwen2", ["attention_output"]), (None, ["key"])])
 def test_what_came_without_a_bias_goes_out_after_a_step(layout, lacking):
     """Qwen 2's output, Whisper's key."""

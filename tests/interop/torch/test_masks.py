@@ -90,6 +90,7 @@ def test_masks_entry_by_entry():
     assert interop.mask_from_torch() == {"attention_mask": None, "value_mask": None, "bias": None}
 
 
+@pytest.mark.slow
 def test_masks_without_a_batch():
     query, value = normal(1, T, E), normal(2, S, E)
     params = PARAMS
