@@ -7,7 +7,8 @@
     d_value = drop(weights)^T . d_context
 
 Of a key that has all of its row, d_logits is d_row_sum row_sum: d_weights and delta are equal, and
-what is left of their rounding would be multiplied by a key of 1e15, or the query beside it.
+what is left of their rounding would be multiplied by a key of 1e15, or the query beside it. In 16
+bits it is left there: what a GPU's compiler makes of it needs more memory.
 
 float32 and wider: 1 / row_sum stands in d_context and delta instead of in the weights.
 
@@ -57,8 +58,8 @@ class Saved(NamedTuple):
     row_max_BNT: Array  # inf where nothing may be attended: e^(logits - inf) is 0
     share_BNT: Array | None  # 1 / row_sum; None where delta and d_context were multiplied by it
     delta_BNT: Array
-    alone_BNT: Array  # the weight of a key that has all of its row; inf where there is none
-    d_alone_BNT: Array
+    alone_BNT: Array | None  # the weight of a key that has all of its row, else inf
+    d_alone_BNT: Array | None  # None in 16 bits
     d_context_BTNV: Array
 
 
@@ -129,13 +130,12 @@ def _saved(blocks: Blocks, softmax: Softmax, d_context: Array, d_row_sum: Array)
     row_max, share = jnp.where(nowhere, jnp.inf, row_max), 1 / jnp.where(nowhere, 1, row_sum)
     d_alone = d_row_sum * row_sum
     delta = (d_context * context).sum(-1).swapaxes(1, 2) - d_alone
-    alone = alone_of(row_sum)
     dtype = blocks.query_BTNH.dtype
     if dtype != wide_dtype(dtype):  # in float16 a small d_context times a small share is 0
-        return Saved(row_max, share, delta, alone, d_alone, d_context.astype(dtype))
+        return Saved(row_max, share, delta, None, None, d_context.astype(dtype))
     # Once a query and not once a pair: XLA's CPU makes one more array of a tile's weights for it.
     d_context *= share.swapaxes(1, 2)[..., None]
-    return Saved(row_max, None, delta * share, alone, d_alone, d_context)
+    return Saved(row_max, None, delta * share, alone_of(row_sum), d_alone, d_context)
 
 
 def _key_block(
@@ -205,8 +205,9 @@ def _tile_gradients(
         weights_rs *= along(saved.share_BNT)
     d_weights_rs = drop(product(plan, order.d_weights, d_context_bkrv, value_bksv))
     d_logits_rs = weights_rs * (d_weights_rs - along(saved.delta_BNT))
-    is_alone_rs = weights_rs >= along(saved.alone_BNT)  # of NaN not
-    d_logits_rs = jnp.where(is_alone_rs, along(saved.d_alone_BNT), d_logits_rs)
+    if saved.alone_BNT is not None:
+        is_alone_rs = weights_rs >= along(saved.alone_BNT)  # of NaN not
+        d_logits_rs = jnp.where(is_alone_rs, along(saved.d_alone_BNT), d_logits_rs)
     d_score: dict[str, Array] = {}
     if pull is not None:
         d_logits_rs, d_score = pull(d_logits_rs)
