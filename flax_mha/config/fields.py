@@ -38,18 +38,15 @@ def _optional(check: Any) -> Any:
 
 def _output_shape(name: str, value: Any) -> tuple[int, ...] | None:
     """Keras: an int or an iterable of ints; None, 0 and () mean the query's own size."""
-    entries = (value,) if hasattr(value, "__index__") and not checks.is_array(value) else value
-    if isinstance(value, np.integer):
-        entries = (int(value),)
-    is_one = isinstance(entries, str | bytes | Mapping) or not hasattr(entries, "__iter__")
-    if value is None or (
-        not is_one and not checks.is_array(entries) and tuple(entries) in ((), (0,))
-    ):
+    if value is None:
         return None
-    if is_one or checks.is_array(entries):
+    is_array = checks.is_array(value) and not isinstance(value, np.integer)
+    entries = (value,) if hasattr(value, "__index__") and not is_array else value
+    if is_array or isinstance(entries, str | bytes | Mapping) or not hasattr(entries, "__iter__"):
         rule = f"`{name}` must be an int or a tuple of ints."
         checks.fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
-    return tuple(_size(name, entry) for entry in entries)
+    sizes = tuple(entries)
+    return None if sizes in ((), (0,)) else tuple(_size(name, size) for size in sizes)
 
 
 def _window(name: str, value: Any) -> int | Neighborhood:

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_mha.core.errors import fail
@@ -65,12 +66,19 @@ def positive(name: str, value: Any) -> float:
 def finite(name: str, value: Any) -> float:
     """A finite number of either sign, as a Python float: it is static."""
     rule = f"`{name}` must be a finite number."
-    is_number = isinstance(value, Real) or getattr(value, "shape", None) == ()
+    is_number = isinstance(value, Real) or _is_real_scalar(value)
     if isinstance(value, bool) or not is_number or isinstance(value, jax.core.Tracer):
         fail(TypeError, rule, f"{name}={value!r} of type {type(value).__name__}")
     if not math.isfinite(as_float(value)):
         fail(ValueError, rule, f"{name}={shortened(value)}")
     return float(value)
+
+
+def _is_real_scalar(value: Any) -> bool:
+    """Of NumPy or JAX; their text of a number and their complex numbers are none."""
+    dtype = getattr(value, "dtype", None)
+    real = dtype is not None and any(jnp.issubdtype(dtype, x) for x in (jnp.floating, jnp.integer))
+    return real and value.shape == ()
 
 
 def as_float(value: Any) -> float:

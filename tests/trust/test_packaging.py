@@ -142,7 +142,9 @@ def test_what_needs_an_extra_says_which(python, tmp_path):
 def checker(name):
     beside = pathlib.Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
-    return found or pytest.skip(f"{name} is not installed: pip install -e '.[lint]'")
+    if found is None:
+        pytest.skip(reason=f"{name} is not installed: pip install -e '.[lint]'")
+    return found
 
 
 def lines_found(name, python, file, tmp_path):
