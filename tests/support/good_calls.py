@@ -37,6 +37,9 @@ PLAIN = MultiHeadAttentionConfig(N, H)
 SQUARE = MultiHeadAttentionConfig(4, H)
 ROTARY = CONFIG.replace(position="rotary")
 SHAPES = ((B, T, D), (B, S, M), (B, S, C))
+SHAPED = {
+    f"{name}_shape": Sizes(shape, low=0) for name, shape in zip(("query", "value", "key"), SHAPES)
+}
 
 
 @functools.cache
@@ -164,9 +167,7 @@ LAYER = [
         dict(
             init_key=Key(),
             config=config(),
-            query_shape=Sizes(SHAPES[0], low=0),
-            value_shape=Sizes(SHAPES[1], low=0),
-            key_shape=Sizes(SHAPES[2], low=0),
+            **SHAPED,
         ),
     ),
     Good(
@@ -175,9 +176,7 @@ LAYER = [
         dict(
             init_key=Key(),
             config=config(),
-            query_shape=Sizes(SHAPES[0], low=0),
-            value_shape=Sizes(SHAPES[1], low=0),
-            key_shape=Sizes(SHAPES[2], low=0),
+            **SHAPED,
             rank=Int(2, huge=True),
             which=Names(("query", "value")),
         ),
