@@ -154,6 +154,7 @@ RARE = {
     "test_readme.py": 1,
     "trust/test_extremes.py": 18,
     "trust/test_hygiene.py": 24,
+    "trust/test_random_calls.py": 1,
 }
 # Tables that `--thin` leaves whole: each of their cases is another part of JAX.
 WHOLE = {
