@@ -112,9 +112,10 @@ def test_a_query_that_may_attend_nowhere_has_no_nan():
 @pytest.mark.models
 def test_torch_tensors_as_masks():
     torch = installed_torch()
-    causal = torch.nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.bfloat16)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.bfloat16)
     ours = interop.mask_from_torch(causal, torch.from_numpy(PADDED))
-    assert (ours["attention_mask"] == np.tri(T, dtype=bool)[None]).all()
+    assert (ours["attention_mask"] == np.tri(S, dtype=bool)[None]).all()
+    assert (ours["value_mask"] == ~PADDED).all()
     assert ours["bias"] is None
 
 
