@@ -114,8 +114,12 @@ def head_words(
 
 def drop(weights_BNTS: Array, keep_BNTS: Array, rate: float) -> Array:
     """`weights / (1 - rate)` where kept, 0 elsewhere; all zeros at rate 1."""
-    scale = 0.0 if rate == 1.0 else 1.0 / (1.0 - rate)
-    return jnp.where(keep_BNTS, weights_BNTS * scale, 0)
+    return jnp.where(keep_BNTS, weights_BNTS * growth(rate), 0)
+
+
+def growth(rate: float) -> float:
+    """The factor of what is kept, 1 / (1 - rate); 0 at rate 1, where nothing is."""
+    return 0.0 if rate == 1.0 else 1.0 / (1.0 - rate)
 
 
 def _index(start: Array | int, size: int) -> Array:

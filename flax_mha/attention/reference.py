@@ -23,7 +23,7 @@ def attend(inputs: Inputs, options: Options) -> Output:
     """context = dropout(softmax(scale query . key + bias, over allowed keys)) . value."""
     logits_BNTS = _logits(inputs, options)
     weights_BNTS, residuals = _softmax(logits_BNTS)
-    kept_BNTS = _dropped(weights_BNTS, inputs, options)
+    kept_BNTS = _kept(weights_BNTS, inputs, options)
     context_BTNV = _context(kept_BNTS, inputs, options)
     context_BTNV, residuals = named(context_BTNV, residuals)
     return Output(context_BTNV, weights_BNTS.astype(inputs.query_BTNH.dtype), residuals)
@@ -80,7 +80,10 @@ def _softmax(logits_BNTS: Array) -> tuple[Array, Residuals]:
     return exp_BNTS / divisor_BNT[..., None], Residuals(row_max_BNT, row_sum_BNT)
 
 
-def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
+def _kept(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
+    """0 where dropped. What is kept grows in the context: a factor here would round the gradient
+    twice, and that of a key that has all of its row would not be 0.
+    """
     if options.dropout_rate == 0.0:
         return weights_BNTS
     assert inputs.dropout_word_2 is not None
@@ -89,7 +92,7 @@ def _dropped(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
     keep_BNTS = dropout.keep_mask(
         inputs.dropout_word_2, rate, shape, shared=shared, origin_4=origin_4
     )
-    return dropout.drop(weights_BNTS, keep_BNTS, rate)
+    return jnp.where(keep_BNTS, weights_BNTS, 0)
 
 
 def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
@@ -102,5 +105,6 @@ def _context(weights_BNTS: Array, inputs: Inputs, options: Options) -> Array:
         context_BKRV = einsum("BKRS,BSKV->BKRV", weights_BKRS.astype(dtype), inputs.value_BSKV)
     else:
         context_BKRV = stored.context(einsum, weights_BKRS, inputs.value_BSKV, inputs.scales, dtype)
+    context_BKRV *= dropout.growth(options.dropout_rate)
     context_BNTV = context_BKRV.reshape(B, N, T, V).astype(dtype)
     return context_BNTV.swapaxes(1, 2)

@@ -10,6 +10,9 @@ import itertools
 import math
 
 import numpy as np
+from head_oracles import Extras, places
+
+PLAIN = Extras()
 
 
 def attention(query, key, value, allowed, bias, scale, keep, rate, soft_cap=None, sink=None):
@@ -141,10 +144,21 @@ def plain(mask):
     return np.asarray(mask) if hasattr(mask, "shape") else mask
 
 
-def heads_of(array, axes, batch, places, projection):
-    """The projected vectors [place, head, feature] of one example."""
-    rows = [project(array[whole_index(batch, place, axes)], projection) for place in places]
-    return np.array(rows).reshape(len(places), *projection["kernel"].shape[1:])
+def heads_of(array, axes, batch, tokens, params, name, extras, stand):
+    """The projected vectors [token, head, feature] of one example, whose tokens `stand` there."""
+    rows = [project(array[whole_index(batch, i, axes)], params[name]) for i in tokens]
+    heads = np.array(rows).reshape(len(tokens), *params[name]["kernel"].shape[1:])
+    for i, n in np.ndindex(heads.shape[:2]):
+        heads[i, n] = extras.head(heads[i, n], name, params, stand[i])
+    return heads
+
+
+def stands(side, b, tokens, masks):
+    """The positions of one example's queries (`side` 0) or keys (1), in raster order."""
+    pair = lambda x: x if isinstance(x, tuple) else (x, x)
+    told, ids = (pair(masks.get(name))[side] for name in ("positions", "segment_ids"))
+    of = lambda x: None if x is None else [int(entry(x, b, i)) for i in tokens]
+    return places(of(told), of(ids)) or list(range(len(tokens)))
 
 
 def table(rows, T_all, S_all):
@@ -153,12 +167,14 @@ def table(rows, T_all, S_all):
 
 
 def layer(
-    params, query, value, key=None, *, attention_axes=None, bias=None, keep=None, rate=0.0, **masks
-):
+    params, query, value, key=None, *, attention_axes=None, bias=None, keep=None, rate=0.0,
+    extras=PLAIN, **masks
+):  # fmt: skip
     """The layer: (output, attention_scores), float64.
 
-    `masks` are the layer's own arguments (`query_mask` ... `segment_ids`, `use_causal_mask`) and
-    `sliding_window`. `keep` has the shape of the scores: False is a weight that dropout removes.
+    `masks` are the layer's own arguments (`query_mask` ... `segment_ids`, `use_causal_mask`,
+    `positions`) and `sliding_window`. `keep` has the shape of the scores: False is a weight that
+    dropout removes. `extras` are the config's fields beyond Keras's.
     """
     params, query, value, key = map(float64, (params, query, value, value if key is None else key))
     masks = {name: plain(mask) for name, mask in masks.items()}
@@ -172,18 +188,27 @@ def layer(
     output = np.zeros((*query.shape[:-1], *features))
     scores = np.zeros((*batch_sizes, num_heads, *T_sizes, *S_sizes))
     for b in positions(batch_sizes):
-        queries = heads_of(query, axes, b, T_all, params["query"])
-        keys = heads_of(key, axes, b, S_all, params["key"])
-        values = heads_of(value, axes, b, S_all, params["value"])
+        rows, columns = stands(0, b, T_all, masks), stands(1, b, S_all, masks)
+        queries = heads_of(query, axes, b, T_all, params, "query", extras, rows)
+        keys = heads_of(key, axes, b, S_all, params, "key", extras, columns)
+        values = heads_of(value, axes, b, S_all, params, "value", extras, columns)
         context = np.zeros((len(T_all), num_heads, value_dim))
         for n in range(num_heads):
             k = n // (num_heads // key_heads)
             allowed = [
-                [may_attend(b, n, t, s, T_sizes, S_sizes, masks) for s in S_all] for t in T_all
+                [
+                    may_attend(b, n, t, s, T_sizes, S_sizes, masks) and extras.share_a_chunk(p, q)
+                    for s, q in zip(S_all, columns)
+                ]
+                for t, p in zip(T_all, rows)
             ]
             added = [
-                [0.0 if bias is None else entry(bias, (*b, n), (*t, *s)) for s in S_all]
-                for t in T_all
+                [
+                    extras.bias(n, num_heads, i, j)
+                    + (0.0 if bias is None else entry(bias, (*b, n), (*t, *s)))
+                    for j, s in enumerate(S_all)
+                ]
+                for i, t in enumerate(T_all)
             ]
             kept = [[keep is None or keep[(*b, n, *t, *s)] for s in S_all] for t in T_all]
             context[:, n], weights = attention(
@@ -192,9 +217,11 @@ def layer(
                 values[:, k],
                 allowed=table(allowed, T_all, S_all),
                 bias=table(added, T_all, S_all).astype(np.float64),
-                scale=1 / math.sqrt(key_dim),
+                scale=1 / math.sqrt(key_dim) if extras.scale is None else extras.scale,
                 keep=table(kept, T_all, S_all),
                 rate=rate,
+                soft_cap=extras.soft_cap,
+                sink=params["sinks"]["logits"][n] if "sinks" in params else None,
             )
             for (i, t), (j, s) in itertools.product(enumerate(T_all), enumerate(S_all)):
                 scores[(*b, n, *t, *s)] = weights[i, j]

@@ -4,12 +4,15 @@ By default a few, the same on every run; `--hypothesis-profile=long` draws anew.
 failure are the config's fields and what the call's arrays are made of.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from drawn_calls import assert_near, fewer, maybe
+from head_oracles import Extras
 from helpers import normal, random_params
 from hypothesis import example, given, note
 from hypothesis import strategies as st
@@ -53,23 +56,40 @@ def fields(draw):
 
 
 @st.composite
+def extras(draw, axes):
+    """Fields beyond Keras's; positions of one attended axis."""
+    norms = st.sampled_from(["rms", "l2"])
+    along_one = axes in (None, (1,), -2)
+    position = st.sampled_from(["rotary", "alibi"]) if along_one else st.none()
+    return Extras(
+        clip_qkv=maybe(draw, st.sampled_from([0.3, 1.0]), 4),
+        qk_norm=maybe(draw, norms, 4),
+        value_norm=maybe(draw, norms, 4),
+        position=maybe(draw, position, 2),
+        scale=maybe(draw, st.sampled_from([0.7, -0.5]), 4),
+        soft_cap=maybe(draw, st.just(2.0), 4),
+        chunk_size=maybe(draw, st.integers(1, 4), 3) if along_one else None,
+    )
+
+
+@st.composite
 def layers(draw):
-    """(fields, axes, sizes, which arguments the call has, seed)."""
+    """(fields, extras, axes, sizes, which arguments the call has, seed)."""
     axes = draw(st.sampled_from(list(SHAPES)))
+    own, more = draw(fields()), draw(extras(axes))
+    own["use_sinks"] = draw(st.booleans())
+    if more.position == "rotary":
+        own["key_dim"] = 2 * draw(st.integers(1, 3))
+    if more.chunk_size is not None:
+        own["sliding_window"] = None
     lengths = draw(st.integers(1, 6)), draw(st.integers(1, 7))
     names = ("key", "query_mask", "value_mask", "key_mask", "attention_mask", "bias", "segment_ids")
     given_ = {name: draw(st.booleans()) for name in names}
+    is_placed = more.position == "rotary" or more.chunk_size is not None
+    given_["positions"] = is_placed and draw(st.booleans())
     given_["heads"], given_["examples"] = draw(st.booleans()), draw(st.booleans())
     rate = maybe(draw, st.sampled_from([0.2, 0.5]), 3)
-    return (
-        draw(fields()),
-        axes,
-        lengths,
-        given_,
-        draw(st.booleans()),
-        rate,
-        draw(st.integers(0, 99)),
-    )
+    return own, more, axes, lengths, given_, draw(st.booleans()), rate, draw(st.integers(0, 99))
 
 
 def rows_shape(axes, shape):
@@ -93,10 +113,11 @@ def arguments_of(axes, shapes, heads, given_, is_causal, seed):
     for name, shape in (("query_mask", query), ("value_mask", value), ("key_mask", value)):
         if given_[name]:
             call[name] = jnp.asarray(random.random(shape) < 0.8)
-    if given_["segment_ids"]:
-        call["segment_ids"] = tuple(
-            jnp.asarray(random.integers(0, 2, shape), "int32") for shape in (query, value)
-        )
+    for name, most in (("segment_ids", 2), ("positions", 9)):
+        if given_[name]:
+            call[name] = tuple(
+                jnp.asarray(random.integers(0, most, shape), "int32") for shape in (query, value)
+            )
     scores = scores_shape(axes, *shapes, heads, given_)
     if given_["attention_mask"]:
         call["attention_mask"] = jnp.asarray(random.random(scores) < 0.7)
@@ -107,18 +128,27 @@ def arguments_of(axes, shapes, heads, given_, is_causal, seed):
 
 PLAIN = dict(num_heads=2, key_dim=3, value_dim=2, num_kv_heads=1, use_bias=True, output_shape=None)
 MASKED = dict(key=True, query_mask=True, value_mask=True, key_mask=False, attention_mask=True)
-MASKED |= dict(bias=True, segment_ids=False, heads=True, examples=False)
+MASKED |= dict(bias=True, segment_ids=False, heads=True, examples=False, positions=False)
 # Columns before rows: raster order counts as the axes are named.
-TURNED = (PLAIN | dict(use_gate=True, sliding_window=4), (2, 1), (4, 3), MASKED, True, 0.2, 5)
+GATED = PLAIN | dict(use_gate=True, sliding_window=4)
+TURNED = (GATED, Extras(), (2, 1), (4, 3), MASKED, True, 0.2, 5)
+# All that befalls a head, at positions that the caller tells.
+EVERYTHING = Extras(0.7, "rms", "l2", "rotary", 0.7, 2.0, 3)
+PLACED = MASKED | dict(positions=True, segment_ids=True, attention_mask=False)
+TREATED = (
+    PLAIN | dict(key_dim=4, use_sinks=True), EVERYTHING, None, (5, 7), PLACED, False, None, 6
+)  # fmt: skip
 
 
 @FEW
 @example(TURNED)
+@example(TREATED)
 @given(layers())
 def test_a_layer_and_its_modules_give_the_oracle_s_numbers(drawn):
-    own, axes, lengths, given_, is_causal, rate, seed = drawn
+    own, more, axes, lengths, given_, is_causal, rate, seed = drawn
     note(f"{drawn!r}")
     query, value = SHAPES[axes](*lengths)
+    own = own | dataclasses.asdict(more)
     config = MultiHeadAttentionConfig(**own, attention_axes=axes or None, dropout=rate or 0.0)
     shapes = (*query, 5), (*value, 4), (*value, 3 if given_["key"] else 4)
     arrays = [normal(seed + i, *shape) for i, shape in enumerate(shapes)]
@@ -131,7 +161,7 @@ def test_a_layer_and_its_modules_give_the_oracle_s_numbers(drawn):
         params, *inputs, config=config, **call, **dropping, return_attention_scores=True
     )
     keep = None if rate is None else kept(scores.shape, axes, query, rate, dropping["dropout_key"])
-    known = dict(attention_axes=axes or None, sliding_window=own["sliding_window"])
+    known = dict(attention_axes=axes or None, sliding_window=own.get("sliding_window"), extras=more)
     expected = oracles.layer(params, *inputs, **known, keep=keep, rate=rate or 0.0, **call)
     assert_near(output, expected[0], "float32", "output")
     assert_near(scores, expected[1], "float32", "scores")
