@@ -12,7 +12,7 @@ them. T and S are different letters even in self-attention.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -31,32 +31,15 @@ class HeadDims(NamedTuple):
     V: int
 
 
-class Projection(TypedDict):
-    """One linear map; `bias` is absent in a layer without biases."""
-
-    kernel: Any
-    bias: NotRequired[Any]
-
-
-class Params(TypedDict):
-    """The parameters of one layer; `gate` is absent in a layer without a gate."""
-
-    query: Projection  # DNH, NH; behind a latent QNH
-    key: Projection  # CKH, KH; behind a latent LKU
-    value: Projection  # MKV, KV; behind a latent LKV
-    gate: NotRequired[Projection]  # DNV, NV
-    attention_output: Projection  # NVE, E
-    query_latent: NotRequired[Projection]  # DQ, Q
-    latent: NotRequired[Projection]  # CL, L
-    shared_key: NotRequired[Projection]  # CW, W
-    query_latent_norm: NotRequired[Any]  # {"scale": Q}
-    latent_norm: NotRequired[Any]  # {"scale": L}
-    query_norm: NotRequired[Any]  # {"scale": H}, or NH where heads have their own
-    key_norm: NotRequired[Any]  # {"scale": H}, or KH
-    value_norm: NotRequired[Any]  # {"scale": V}, or KV
-    relative_bias: NotRequired[Any]  # {"embedding": XN}
-    sinks: NotRequired[Any]  # {"logits": N}
-
+# The parameters of one layer, as a plain dict, which is what optimizers are typed to take. Linear
+# maps have a `kernel` and, in a layer with biases, a `bias`; what belongs to an option is absent
+# without it.
+#     query DNH, NH   key CKH, KH   value MKV, KV   gate DNV, NV   attention_output NVE, E
+#     behind a latent: query_latent DQ, Q   latent CL, L   shared_key CW, W
+#                      query QNH            key LKU        value LKV
+#     {"scale"}: query_latent_norm Q   latent_norm L   query_norm H   key_norm H   value_norm V
+#     relative_bias {"embedding": XN}   sinks {"logits": N}
+Params: TypeAlias = dict[str, Any]
 
 # What functions take: any mapping of that form, a FrozenDict or a dict of ShapeDtypeStructs too.
 ParamsLike: TypeAlias = Mapping[str, Any]

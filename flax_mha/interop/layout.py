@@ -64,7 +64,7 @@ def from_table(
             continue
         params.setdefault(projection, {})[leaf] = array
     check_params(params, config, *((1, size) for size in features_of(params).values()))
-    return cast(Params, params)
+    return params
 
 
 def to_table(

@@ -1,6 +1,6 @@
 """The layer, and what a call of it hands to the pure function."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ class MultiHeadAttention(nnx.Module):
         self.deterministic = True
         init_key = stream("params", rngs)()
         sizes = module_sizes(query_features, value_features, key_features)
-        for name, shapes in cast(ParamsLike, param_shapes(self.config, *sizes)).items():
+        for name, shapes in param_shapes(self.config, *sizes).items():
             arrays = init_boxed(init_key, name, shapes, self.config, partition_rules, BOXES)
             setattr(self, name, Projection(arrays))
         self.lora = lora
@@ -142,12 +142,12 @@ class MultiHeadAttention(nnx.Module):
     @property
     def params(self) -> Params:
         """The layer's parameters now, as `multi_head_attention` takes them."""
-        return cast(Params, tree_of(self, LETTERS))
+        return tree_of(self, LETTERS)
 
     @property
     def lora_params(self) -> Params:
         """The layer's adapters now, as `lora=` of `multi_head_attention`; `{}` without any."""
-        return cast(Params, {} if self.adapters is None else tree_of(self.adapters, LETTERS))
+        return {} if self.adapters is None else tree_of(self.adapters, LETTERS)
 
     def set_params(self, params: ParamsLike) -> None:
         """Replaces the parameters by `params`, a tree as `layer.params`, quantized or not.
@@ -155,7 +155,7 @@ class MultiHeadAttention(nnx.Module):
         Raises:
             ValueError: a tree that does not fit the layer, by name.
         """
-        now = cast(ParamsLike, self.params)
+        now = self.params
         D, M, C = ((size,) for size in features_of(now).values())
         check_params(read_kernels(params), self.config, D, M, C)
         for name, leaves in now.items():
@@ -172,7 +172,7 @@ class MultiHeadAttention(nnx.Module):
             ValueError: a tree that does not fit the layer and its `lora`, by name and rank.
         """
         check_rule(self.lora, lora_params)
-        check_lora(lora_params, cast(ParamsLike, self.params))
+        check_lora(lora_params, self.params)
         nnx.update(self.adapters, jax.tree.map(jnp.asarray, dict(lora_params)))
 
     def __call__(
@@ -243,7 +243,7 @@ class MultiHeadAttention(nnx.Module):
         training = not self.deterministic if training is None else training
         training = checks.boolean("training", training)
         return forward(
-            cast(ParamsLike, self.params),
+            self.params,
             query,
             value,
             key,
@@ -255,7 +255,7 @@ class MultiHeadAttention(nnx.Module):
 
     def regularization_loss(self) -> Array:
         """`flax_mha.regularization_loss` of this layer's parameters: a scalar for the loss."""
-        return regularization_loss(cast(ParamsLike, self.params), self.config)
+        return regularization_loss(self.params, self.config)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` may change.
@@ -272,7 +272,7 @@ class MultiHeadAttention(nnx.Module):
         checks.instance("lora", self.lora, Lora)
         own: Any = {"rank": self.lora.rank, "which": self.lora.which}
         init_key = stream("params", rngs)()
-        return Adapters(cast(ParamsLike, lora_params(init_key, self.config, *sizes, **own)))
+        return Adapters(lora_params(init_key, self.config, *sizes, **own))
 
     def _lora_call(self, rngs: Any, training: bool) -> dict[str, Any]:
         """The arguments of `flax_mha.forward` for the adapters."""

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flax_mha.config import MultiHeadAttentionConfig
 from flax_mha.core import boxes, checks, tree_checks
-from flax_mha.core.typing import Params, ParamsLike, PRNGKey, Shape
+from flax_mha.core.typing import Params, PRNGKey, Shape
 from flax_mha.keras.initializers import Initializer
 from flax_mha.params.tree import INPUT_RANK, LETTERS, letters, letters_of, param_shapes
 from flax_mha.positions.scores import init_params_of
@@ -51,9 +51,8 @@ def init_params(
         (2, 16, 32)
     """
     checks.prng_key("init_key", init_key)
-    shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
-    params = {name: init_projection(init_key, name, shapes[name], config) for name in shapes}
-    return cast(Params, params)
+    shapes = param_shapes(config, query_shape, value_shape, key_shape)
+    return {name: init_projection(init_key, name, shapes[name], config) for name in shapes}
 
 
 def init_projection(

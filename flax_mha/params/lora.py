@@ -8,7 +8,7 @@ of adapters has gradients, an optimizer and a file of its own, and the layer's p
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +74,13 @@ def lora_params(
         True
     """
     checks.prng_key("init_key", init_key)
-    shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
+    shapes = param_shapes(config, query_shape, value_shape, key_shape)
     checks.x64_enabled("param_dtype", config.param_dtype)
     rank, names = checks.integer("rank", rank), _names("which", which, config.projections)
     kernels = {name: shapes[name]["kernel"] for name in names}
     for name, kernel in kernels.items():
         _check_rank(name, rank, kernel.shape)
-    return cast(Params, {name: _pair(init_key, name, x, rank) for name, x in kernels.items()})
+    return {name: _pair(init_key, name, x, rank) for name, x in kernels.items()}
 
 
 def merge_lora(params: ParamsLike, lora: ParamsLike, lora_scale: Any = 1.0) -> Params:
@@ -113,7 +113,7 @@ def merge_lora(params: ParamsLike, lora: ParamsLike, lora_scale: Any = 1.0) -> P
     check_scale(lora_scale)
     pairs = {name: [_wide(adapter[leaf]) for leaf in LEAVES] for name, adapter in lora.items()}
     added = {name: lora_scale * jnp.tensordot(a, b, 1) for name, (a, b) in pairs.items()}
-    return cast(Params, {name: _with(leaves, added.get(name)) for name, leaves in params.items()})
+    return {name: _with(leaves, added.get(name)) for name, leaves in params.items()}
 
 
 def split_lora(tuned: ParamsLike, params: ParamsLike, *, rank: int = 8) -> Params:
@@ -157,7 +157,7 @@ def split_lora(tuned: ParamsLike, params: ParamsLike, *, rank: int = 8) -> Param
     if not changed:
         rule = "`split_lora` is of what has changed, and all kernels are equal."
         checks.fail(ValueError, rule, f"the kernels of {', '.join(kernels)}")
-    return cast(Params, {name: _nearest(name, x, rank) for name, x in changed.items()})
+    return {name: _nearest(name, x, rank) for name, x in changed.items()}
 
 
 def check_lora(lora: Any, params: ParamsLike) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,7 @@ def quantize_params(params: ParamsLike, dtype: Any = "int8") -> Params:
     boxes.refuse(params, "params")
     checks.floating_params(params)
     dtype = small_dtype("dtype", dtype)
-    small = {name: _with_kernel(name, leaves, dtype) for name, leaves in params.items()}
-    return cast(Params, small)
+    return {name: _with_kernel(name, leaves, dtype) for name, leaves in params.items()}
 
 
 def dequantize_params(params: ParamsLike) -> Params:
@@ -102,7 +101,7 @@ def dequantize_params(params: ParamsLike) -> Params:
     def plain(x: Any) -> Any:
         return x.astype(x.dtype) if isinstance(x, QuantizedKernel) else x
 
-    return cast(Params, {name: {n: plain(x) for n, x in read[name].items()} for name in read})
+    return {name: {n: plain(x) for n, x in read[name].items()} for name in read}
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +159,7 @@ def read_kernels(params: ParamsLike) -> ParamsLike:
         return params
     read = {name: _read(name, kernel) for name, kernel in found.items()}
     checks.floating_params(_with(params, {name: kernel.scale for name, kernel in read.items()}))
-    return cast(ParamsLike, _with(params, read))
+    return _with(params, read)
 
 
 def _with(params: ParamsLike, kernels: Mapping[str, Any]) -> Any:

@@ -91,7 +91,7 @@ def param_shapes(
         kernels["gate"] = (D, N, V)
     kernels["attention_output"] = (N, V, *(config.output_shape or (D,)))
     projections = {name: _projection(name, shape, config) for name, shape in kernels.items()}
-    return cast(Params, {**projections, **_extras(config)})
+    return {**projections, **_extras(config)}
 
 
 def _kernels_of_heads(config: MultiHeadAttentionConfig, D: int, C: int, M: int) -> dict[str, Shape]:

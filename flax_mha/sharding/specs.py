@@ -1,7 +1,7 @@
 """Names and partition specs of every parameter, made from the letters of `params.LETTERS`."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from jax.sharding import PartitionSpec
 
@@ -99,8 +99,7 @@ def param_specs(
     shapes: ParamsLike = param_shapes(config, query_shape, value_shape, key_shape)
     sizes = mesh_sizes(mesh)
     pairs = checked(rules)
-    specs = {name: projection_specs(name, shapes[name], config, pairs, sizes) for name in shapes}
-    return cast(Params, specs)
+    return {name: projection_specs(name, shapes[name], config, pairs, sizes) for name in shapes}
 
 
 def projection_specs(
@@ -127,8 +126,7 @@ def _axes(name: str, leaf: str, struct: Any, config: MultiHeadAttentionConfig) -
 
 
 def _over_arrays(function: Any, shapes: Any) -> Params:
-    tree = {
+    return {
         name: {leaf: function(name, leaf, struct) for leaf, struct in leaves.items()}
         for name, leaves in shapes.items()
     }
-    return cast(Params, tree)

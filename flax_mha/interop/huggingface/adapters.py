@@ -3,10 +3,9 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from flax_mha.core import checks
-from flax_mha.core.typing import Params
 from flax_mha.interop.adapters import AttentionAdapter, with_one_scale
 from flax_mha.interop.huggingface.adapter_arrays import (
     Linear,
@@ -203,4 +202,4 @@ def _adapter(layer: Found, read: Mapping[str, tuple[Any, float]]) -> AttentionAd
     names = [name for name in layer.config.projections if name in read]
     lora, scales = {x: read[x][0] for x in names}, {x: read[x][1] for x in names}
     lora, scale = with_one_scale(layer.name, lora, scales)
-    return AttentionAdapter(cast(Params, lora), scale)
+    return AttentionAdapter(lora, scale)

@@ -5,7 +5,7 @@ same product is ours of rank N r: a [D, N r], and b [N r, N, H] that is zero bet
 """
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def adapters_of(layer: Any) -> AttentionAdapter:
     lora = {projection: _pair(projection, part) for projection, part in parts.items()}
     scales = {name: _scale(part) for name, part in parts.items()}
     lora, scale = with_one_scale(name, jax.tree.map(jnp.asarray, lora), scales)
-    return AttentionAdapter(cast(Params, lora), scale)
+    return AttentionAdapter(lora, scale)
 
 
 def _as_in_a_file(layer: Any) -> Layer:
@@ -115,7 +115,7 @@ def _merged(layer: Any, params: Params) -> Params:
         a, b = (jnp.asarray(weights[x]).astype(wide) for x in (A, B))
         total = kernel.astype(wide) + _scale(part) * jnp.tensordot(a, b, 1)
         merged[name] = {**merged[name], "kernel": total.astype(kernel.dtype)}
-    return cast(Params, merged)
+    return merged
 
 
 def _pair(name: str, part: Any) -> Weights:

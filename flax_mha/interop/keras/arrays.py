@@ -1,7 +1,7 @@
 """Keras's list of arrays and our tree: the same arrays with the same axes, in Keras's order."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def params_from(
     check(params, config)
     for name, scale in scales.items():
         params[name]["kernel"] = {"value": params[name]["kernel"], "scale": scale}
-    return cast(Params, jax.tree.map(jnp.array, params))
+    return jax.tree.map(jnp.array, params)
 
 
 def without_scales(arrays: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def from_layout(
     table = [entry if entry.name is None else _named(entry, prefix) for entry in table]
     whole = {prefix + name: array for name, array in arrays.items()}
     params = from_table(table, whole, config)
-    _check_sizes(layout, cast(ParamsLike, params), config)
+    _check_sizes(layout, params, config)
     return params
 
 

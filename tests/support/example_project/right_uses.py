@@ -79,10 +79,10 @@ def attend(params: Mapping[str, Any], batch: Batch, dropout_key: jax.Array) -> j
 
 def trained() -> dict[str, Any]:
     """Two steps of training."""
-    # `Any`, for optax's type of a tree takes no TypedDict, which is what `init_params` returns.
-    params: Any = init_params(jax.random.key(0), CONFIG, (2, 6, 32))
+    start = init_params(jax.random.key(0), CONFIG, (2, 6, 32))
     optimizer = optax.chain(optax.sgd(0.1), constrain(CONFIG))
-    state = optimizer.init(params)
+    state = optimizer.init(start)
+    params: Any = start  # `optax.apply_updates` is typed to return any tree
 
     def loss(params: Any, batch: Batch, dropout_key: jax.Array) -> jax.Array:
         output_BTE = attend(params, batch, dropout_key)
