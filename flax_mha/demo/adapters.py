@@ -3,7 +3,8 @@
     adapters/NAME/600/          what orbax wrote after 600 steps, with its list: checkpoint.py
     adapters/NAME/adapter.json  what they were trained from, how, and what came of it
 
-The last is written last: without it they do not count.
+The last is written last, and they are given their name when they are whole: a process that is
+killed leaves those that were there.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from flax_mha.demo.settings import DemoError, Settings
 from flax_mha.demo.tasks.contract import Task, at
 
 _HELD = {"base", "settings", "lora", "results"}
+_NEW, _OLD = ".new", ".old"  # while they are written, and while those before them are let go of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,8 @@ def name_for(file: Path) -> str:
 
 def names(run: RunDirectory) -> list[str]:
     """Those that are whole."""
-    return sorted(path.parent.name for path in run.adapters.glob("*/adapter.json"))
+    found = (path.parent.name for path in run.adapters.glob("*/adapter.json"))
+    return sorted(name for name in found if name not in (_NEW, _OLD))
 
 
 def check_free(run: RunDirectory, name: str, overwrite: bool) -> None:
@@ -109,8 +112,8 @@ def check_free(run: RunDirectory, name: str, overwrite: bool) -> None:
 
 
 def save(run: RunDirectory, name: str, base: Any, adapter: Adapter, results: Any) -> int:
-    """Writes adapters in the place of those that were there; returns the bytes of their files."""
-    folder = run.adapters / name
+    """Writes adapters, and then lets go of those that were there; returns the bytes of files."""
+    folder, new, old = (run.adapters / at for at in (name, _NEW, _OLD))
     held = {
         "base": fingerprint(base),
         "settings": adapter.settings.to_dict(),
@@ -118,13 +121,13 @@ def save(run: RunDirectory, name: str, base: Any, adapter: Adapter, results: Any
         "results": results,
     }
     try:
-        if _file(folder).exists():
-            shutil.rmtree(folder)
-        # Of adapters that were cut off the checkpoint may be whole, and would be kept.
-        for step in checkpoint.steps(folder):
-            (folder / f"{step}.json").unlink()
-        checkpoint.save(folder, adapter.settings.train.steps, adapter.arrays)
-        checkpoint.write_at_once(_file(folder), json.dumps(held, indent=1) + "\n")
+        _remove(new, old)  # left by a process that was killed
+        checkpoint.save(new, adapter.settings.train.steps, adapter.arrays)
+        checkpoint.write_at_once(_file(new), json.dumps(held, indent=1) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        _remove(old)
     except OSError as error:
         raise DemoError(f"cannot write the adapters: {error}") from error
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -151,6 +154,11 @@ def load(run: RunDirectory, task: Task, params: Any, name: str) -> Adapter:
     return Adapter(layers_lora, settings, arrays)
 
 
+def _remove(*folders: Path) -> None:
+    for folder in filter(Path.exists, folders):
+        shutil.rmtree(folder)
+
+
 def _file(folder: Path) -> Path:
     return folder / "adapter.json"
 
@@ -158,7 +166,7 @@ def _file(folder: Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DemoError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(held, dict) or set(held) != _HELD:
         raise DemoError(f"{file} must hold {', '.join(sorted(_HELD))}. Train them by `adapt`.")

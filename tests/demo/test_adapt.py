@@ -134,6 +134,27 @@ def test_the_same_name_twice(adapted, copy, capsys):
 
 
 @pytest.mark.slow
+def test_a_full_disk_keeps_those_that_were_there(adapted, copy, capsys, monkeypatch):
+    shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
+    first = sums(copy / "adapters" / "other")
+
+    def full(file, text):
+        if file.name == "adapter.json":
+            raise OSError(28, "No space left on device")
+        file.write_text(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters.checkpoint, "write_at_once", full)
+        assert adapt(copy, adapted.other, "--overwrite", "--seed", "1") == 2
+    assert "cannot write the adapters: [Errno 28]" in capsys.readouterr().err
+    assert sums(copy / "adapters" / "other") == first
+    assert adapters.names(RunDirectory(copy)) == ["other"]
+    assert adapt(copy, adapted.other, "--overwrite", "--seed", "1") == 0
+    assert sums(copy / "adapters" / "other") != first
+    assert [path.name for path in (copy / "adapters").iterdir()] == ["other"]
+
+
+@pytest.mark.slow
 def test_what_was_cut_off_is_written_anew(adapted, copy):
     """As many steps, and a whole checkpoint in the folder: it must not be kept."""
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
@@ -169,7 +190,12 @@ def test_damaged_adapters(adapted, copy, capsys):
     largest.write_bytes(largest.read_bytes()[:-1])
     assert cli.main(call) == 2
     assert "is damaged" in capsys.readouterr().err
-    for text, message in (("{", "is not valid JSON"), ('{"base": ""}', "must hold base, lora")):
+    bad = {
+        "{": "is not valid JSON",
+        99_999 * "[": "is not valid JSON",
+        "{}": "must hold base, lora",
+    }
+    for text, message in bad.items():
         (folder / "adapter.json").write_text(text)
         assert cli.main(call) == 2
         assert message in capsys.readouterr().err

@@ -66,7 +66,7 @@ def extras(draw, axes):
         qk_norm=maybe(draw, norms, 4),
         value_norm=maybe(draw, norms, 4),
         position=maybe(draw, position, 2),
-        scale=maybe(draw, st.sampled_from([0.7, -0.5]), 4),
+        scale=maybe(draw, st.sampled_from([0.7, 2.0]), 4),
         soft_cap=maybe(draw, st.just(2.0), 4),
         chunk_size=maybe(draw, st.integers(1, 4), 3) if along_one else None,
     )
