@@ -93,15 +93,6 @@ def _identifier(kind: Kind) -> Any:
     return check
 
 
-def _precision(name: str, value: Any) -> Any:
-    """One precision for every product, in the one spelling that hashes alike."""
-    try:
-        return jax.lax.Precision(value)
-    except (TypeError, ValueError):  # of what has no hash, too
-        valid = [precision.name.lower() for precision in jax.lax.Precision]
-        checks.fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
-
-
 def _implementation(name: str, value: Any) -> str:
     return checks.one_of(name, value, IMPLEMENTATIONS)
 
@@ -137,7 +128,7 @@ FIELD_CHECKS: dict[str, Any] = {
     "use_sinks": checks.boolean,
     "dtype": _optional(checks.floating_dtype),
     "param_dtype": checks.floating_dtype,
-    "precision": _optional(_precision),
+    "precision": _optional(checks.one_precision),
     "implementation": _optional(_implementation),
     "context_axis": _optional(lambda name, value: context_axis_of(value)),
 }

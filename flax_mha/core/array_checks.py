@@ -55,10 +55,15 @@ def floating_params(params: Any, owner: str = "params") -> None:
 
 def _names_are_strings(tree: Any, where: str) -> None:
     for name, leaves in tree.items() if isinstance(tree, Mapping) else ():
-        if not isinstance(name, str):
-            evidence = f"{name!r} of type {type(name).__name__}"
-            fail(TypeError, f"`{where}` must hold arrays by their names.", evidence)
-        _names_are_strings(leaves, f"{where}[{name!r}]")
+        _names_are_strings(leaves, entry(where, name))
+
+
+def entry(where: str, name: Any) -> str:
+    """What an entry of a tree is called; its name must be a string."""
+    if not isinstance(name, str):
+        rule = f"`{where}` must hold arrays by their names."
+        fail(TypeError, rule, f"{name!r} of type {type(name).__name__}")
+    return f"{where}[{name!r}]"
 
 
 def _not_floating(params: Any, dtype: Any, owner: str) -> None:

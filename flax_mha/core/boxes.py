@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from flax_mha.core.array_checks import is_array
+from flax_mha.core.array_checks import entry, is_array
 from flax_mha.core.errors import fail
 
 LINEN, NNX = "flax.linen", "flax.nnx"
@@ -97,10 +97,7 @@ def refuse(tree: Any, where: str, depth: int = 2) -> None:
         fail(TypeError, f"{where} must be an array.", "a quantized kernel", remedy)
     if isinstance(tree, Mapping) and depth:
         for name, value in tree.items():
-            if not isinstance(name, str):
-                rule = f"`{where}` must hold arrays by their names."
-                fail(TypeError, rule, f"{name!r} of type {type(name).__name__}")
-            refuse(value, f"{where}[{name!r}]", depth - 1)
+            refuse(value, entry(where, name), depth - 1)
     elif kind(tree) is not None:
         remedy = "Pass `nn.meta.unbox(params)`; `nn` is flax.linen."
         fail(TypeError, f"{where} must be an array.", f"a box, {type(tree).__name__}", remedy)

@@ -160,13 +160,18 @@ def precision(name: str, value: Any) -> Any:
     algorithms = tuple(vars(jax.lax)[x] for x in ("DotAlgorithm", "DotAlgorithmPreset"))
     if value is None or isinstance(value, algorithms):
         return value
+    for one in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+        one_precision(name, one)
+    return value
+
+
+def one_precision(name: str, value: Any) -> jax.lax.Precision:
+    """In the one spelling that hashes alike."""
     try:
-        for one in value if isinstance(value, tuple) and len(value) == 2 else (value,):
-            jax.lax.Precision(one)
-    except (TypeError, ValueError):
+        return jax.lax.Precision(value)
+    except (TypeError, ValueError):  # of what has no hash, too
         valid = [precision.name.lower() for precision in jax.lax.Precision]
         fail(ValueError, f"`{name}` must be None or among {valid}.", f"{name}={value!r}")
-    return value
 
 
 def axes(name: str, value: Any) -> tuple[int, ...]:
