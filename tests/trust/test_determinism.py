@@ -8,7 +8,9 @@ this file prints digests of results, for a test that compares two processes.
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,7 +46,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
 
 
-def arrays():
+def arrays(T=T, S=S):
     sizes = {"query": (B, T, N, H), "key": (B, S, K, H), "value": (B, S, K, H)}
     sizes |= {"bias": (1, N, T, S), "sinks": (N,)}
     return {name: normal(i, *size) for i, (name, size) in enumerate(sizes.items())}
@@ -173,11 +175,19 @@ def test_every_implementation_and_block_size_drops_the_same_weights(name, blocks
 
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+STRATEGIES = ["ring", "all_gather", "all_to_all"]
 
 
-def placed(mesh, spec):
+def placed(mesh, spec, tree=None):
     sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
-    return [jax.device_put(x, sharding) for x in readable()]
+    place = lambda x: jax.device_put(x, sharding)
+    return jax.tree.map(place, readable() if tree is None else tree)
+
+
+def made(kind, sizes, names):
+    devices = jax.devices()[: math.prod(sizes)]
+    types = (getattr(jax.sharding.AxisType, kind),) * len(sizes)
+    return jax.make_mesh(sizes, names, types, devices=devices)
 
 
 @pytest.mark.parametrize("name", ["reference", "blockwise"])
@@ -185,27 +195,28 @@ def placed(mesh, spec):
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.slow
 def test_every_mesh_drops_the_same_weights(sizes, kind, name):
-    types = (getattr(jax.sharding.AxisType, kind),) * 2
-    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=types)
+    mesh = made(kind, sizes, ("data", "model"))
     with jax.set_mesh(mesh):
         spec = ("data", None, "model")
         assert_drawn(masks_of(implementation=name)(*placed(mesh, spec)))
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.slow
 def test_every_strategy_along_a_context_axis_drops_the_same_weights(strategy, devices):
-    types = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((devices,), ("context",), types, devices=jax.devices()[:devices])
+    mesh = made("Auto", (devices,), ("context",))
     with jax.set_mesh(mesh):
         call = {"context_axis": ContextAxis("context", strategy)}
         assert_drawn(masks_of(**call)(*placed(mesh, ())))
 
 
+# --- numbers ------------------------------------------------------------------------------------
+
+
 @functools.cache
-def of_reference():
-    return attend("reference")(arrays())
+def of_reference(T=T, S=S):
+    return attend("reference")(arrays(T, S))
 
 
 def assert_same_numbers(found, expected):
@@ -219,6 +230,31 @@ def assert_same_numbers(found, expected):
 def test_block_sizes_and_implementations_agree_within_the_tolerance(name, blocks):
     """Dropout, bias, sinks and causal order; lengths that no block divides; every gradient."""
     assert_same_numbers(attend(name, block_sizes=blocks)(arrays()), of_reference())
+
+
+@pytest.mark.parametrize("name", ["reference", "blockwise"])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.slow
+def test_meshes_agree_within_the_tolerance(kind, sizes, name):
+    mesh, heads = made(kind, sizes, ("data", "model")), ("data", None, "model")
+    specs = {x: heads for x in ("query", "key", "value")} | {"bias": (None, "model"), "sinks": ()}
+    with jax.set_mesh(mesh):
+        given = {x: placed(mesh, specs[x], array) for x, array in arrays().items()}
+        assert_same_numbers(attend(name)(given), of_reference())
+
+
+# The third cuts heads, which must be as many as devices.
+@pytest.mark.parametrize(
+    ("devices", "strategy"),
+    [*itertools.product([2], STRATEGIES), *itertools.product([4], STRATEGIES[:2])],
+)
+@pytest.mark.slow
+def test_strategies_along_a_context_axis_agree_within_the_tolerance(devices, strategy):
+    mesh = made("Auto", (devices,), ("context",))
+    with jax.set_mesh(mesh):
+        given, call = placed(mesh, (), arrays(128, 128)), ContextAxis("context", strategy)
+        assert_same_numbers(attend(None, context_axis=call)(given), of_reference(128, 128))
 
 
 if __name__ == "__main__":
