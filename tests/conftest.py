@@ -22,10 +22,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # By default few examples, the same ones everywhere; `--hypothesis-profile=long` draws anew until it
-# has found something or is stopped. A first call is compiled, which is slow and no ill health.
+# has found something, has drawn EXAMPLES of each test (of dear ones a part), or is stopped. A first
+# call is compiled, which is slow and no ill health.
 PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("default", max_examples=10, derandomize=True, **PATIENT)
-hypothesis.settings.register_profile("long", max_examples=100_000, print_blob=True, **PATIENT)
+MANY = int(os.environ.get("EXAMPLES", 100_000))
+hypothesis.settings.register_profile("long", max_examples=MANY, print_blob=True, **PATIENT)
 hypothesis.settings.load_profile("default")
 
 TESTS = pathlib.Path(__file__).parent

@@ -12,10 +12,10 @@ it measures, and there is no right answer to compare.
 
 Tests run in stages, each until the first failure: (1) those that bear the file's name, with the
 file's doctests, (2) the slow ones of them, (3) a part of those of its folder and of the files that
-import it, (4) all of those, (5) all others. At the end those that caught something run without a
-fault; what fails there is left out, and its faults are tried anew. Results are kept in a JSON file,
-and a second run goes on where the first stopped, be it with more `--stages` for those that
-survived. A survivor that changes no result is noted by a person:
+import it, (4) all of those, (5) the slow ones of those, (6) all others. At the end those that
+caught something run without a fault; what fails there is left out, and its faults are tried anew.
+Results are kept in a JSON file, and a second run goes on where the first stopped, be it with more
+`--stages` for those that survived. A survivor that changes no result is noted by a person:
 
     python tests/trust/mutation.py --seed 1 --equivalent 1/12 "only the speed changes"
 """
@@ -169,8 +169,9 @@ def stages(tree: pathlib.Path, file: str) -> list[list[str]]:
     near = [name for name in in_order if name in near and name not in own]
     others = [name for name in in_order if name not in {*own, *near}]
     own = [*dict.fromkeys(own), file] if own else []
-    slow = [*own, "-m", "slow"] if own else []
-    return [own, slow, [file, *near, f"--thin={THIN}"], [file, *near], [*others, "flax_mha"]]
+    slow = [[*names, "-m", "slow"] if names else [] for names in (own, near)]
+    thinned = [file, *near, f"--thin={THIN}"]
+    return [own, slow[0], thinned, [file, *near], slow[1], [*others, "flax_mha"]]
 
 
 def pytest(tree: pathlib.Path, *arguments: str, until: float = math.inf) -> tuple[int, str]:
@@ -247,7 +248,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--known", action="store_true", help="faults that once passed every test")
-    parser.add_argument("--stages", type=int, default=4, choices=(1, 2, 3, 4, 5))
+    parser.add_argument("--stages", type=int, default=5, choices=range(1, 7))
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for each fault")
     parser.add_argument("--again", action="store_true", help="survivors meet all stages once more")
     parser.add_argument("--list", action="store_true", help="says which faults, and runs nothing")
