@@ -66,6 +66,9 @@ def canonical_of(call):
 # Grouped heads in several tiles; and several key blocks under a mask with offsets of examples.
 GROUPED = Call((2,), 13, 11, 4, 3, 3, 2, block_sizes=(4, 4), is_causal=True)
 MOVED = Call((3,), 17, 19, 2, mask=(("window", 5, 4),), offset="each", seed=3, block_sizes=(3, 4))
+# Parts that only functions of pairs say, of no tokens.
+JOINED = ("or", ("causal",), ("not", ("segments", 2, False, 0)))
+NONE = Call((2,), 0, 3, mask=(JOINED, ("not", ("padding", True, True, True, 1))), score="table")
 # Of its blocks some lie wholly within the window, and end where it does.
 BANDED = Call((2,), 17, 19, 2, mask=(("window", 4, 3),), block_sizes=(3, 4))
 
@@ -74,6 +77,8 @@ BANDED = Call((2,), 17, 19, 2, mask=(("window", 4, 3),), block_sizes=(3, 4))
 @example(BANDED, "vjp", True)
 @example(GROUPED, "vjp", True)
 @example(MOVED, "vjp", True)
+@example(NONE, "vjp", True)
+@example(dataclasses.replace(NONE, T=3, S=0), "jvp", False)
 @given(calls(), WAYS, st.booleans())
 def test_blocks_of_any_call_give_the_oracle_s_numbers(call, way, jit):
     check(call, way, jit)

@@ -32,6 +32,11 @@ def placed(
 
 
 def entry(x: Any, *places: Any) -> Array:
-    """The number at some places of an array, any axis of which may have size 1."""
+    """The number at some places of an array, any axis of which may have size 1.
+
+    Of no tokens there is no pair that could ask, and any number does.
+    """
     x = jnp.asarray(x)
+    if x.size == 0:
+        return jnp.zeros((), x.dtype)
     return x[tuple(0 if size == 1 else place for size, place in zip(x.shape, places))]
