@@ -104,7 +104,7 @@ def calls(draw, implementations=("blockwise",), lengths=LENGTHS, **fixed):
         call |= dropout_of(draw)
     name = draw(st.sampled_from(implementations))
     call |= dict(implementation=name, return_residuals=draw(st.booleans()))
-    if name == "reference":
+    if name in ("reference", None):
         call |= dict(return_weights=draw(st.booleans()))
     else:
         call |= dict(block_sizes=draw(BLOCKS))

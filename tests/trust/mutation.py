@@ -108,7 +108,8 @@ def copied(to: pathlib.Path) -> pathlib.Path:
 
 
 def environment(tree: pathlib.Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(tree)}
+    """The copy, and in the stages of slow tests each row of every table; see tests/conftest.py."""
+    return os.environ | {"PYTHONPATH": str(tree), "EVERY_ROW": "1"}
 
 
 def put(tree: pathlib.Path, file: str, source: str) -> None:

@@ -85,8 +85,8 @@ def test_blocks_of_any_call_give_the_oracle_s_numbers(call, way, jit):
 
 
 @fewer(4)
-@given(calls(["reference"]), WAYS, st.booleans())
-def test_the_reference_of_any_call_gives_the_oracle_s_numbers(call, way, jit):
+@given(calls(["reference", None]), WAYS, st.booleans())
+def test_the_reference_and_the_choice_of_any_call_give_the_oracle_s_numbers(call, way, jit):
     check(call, way, jit)
 
 
