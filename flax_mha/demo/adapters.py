@@ -105,10 +105,13 @@ def names(run: RunDirectory) -> list[str]:
 
 
 def check_free(run: RunDirectory, name: str, overwrite: bool) -> None:
-    """Adapters are replaced only where that was asked for."""
-    if name in names(run) and not overwrite:
+    """What bears the name is replaced only where that was asked for."""
+    folder = run.adapters / name
+    if folder.exists() and not overwrite:
+        whole = f"adapters {name!r} already"
+        held = whole if name in names(run) else f"a folder {name!r} that holds no whole adapters"
         remedy = "Choose another name with --name NAME, or replace them with --overwrite"
-        raise DemoError(f"{run.path} has adapters {name!r} already. {remedy}.")
+        raise DemoError(f"{run.path} has {held}. {remedy}.")
 
 
 def save(run: RunDirectory, name: str, base: Any, adapter: Adapter, results: Any) -> int:

@@ -155,12 +155,14 @@ def test_a_full_disk_keeps_those_that_were_there(adapted, copy, capsys, monkeypa
 
 
 @pytest.mark.slow
-def test_what_was_cut_off_is_written_anew(adapted, copy):
+def test_what_was_cut_off_is_written_anew(adapted, copy, capsys):
     """As many steps, and a whole checkpoint in the folder: it must not be kept."""
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
     (copy / "adapters/other/adapter.json").unlink()
     assert adapters.names(RunDirectory(copy)) == []
-    assert adapt(copy, adapted.other, "--seed", "1") == 0
+    assert adapt(copy, adapted.other, "--seed", "1") == 2
+    assert "a folder 'other' that holds no whole adapters. Choose" in capsys.readouterr().err
+    assert adapt(copy, adapted.other, "--seed", "1", "--overwrite") == 0
     found = []
     for out in (copy, adapted.out):
         task, params, _ = opened(out)
