@@ -97,6 +97,7 @@ def to_equinox(params: ParamsLike, config: MultiHeadAttentionConfig, module_like
         >>> bool(equinox.tree_equal(to_equinox(params, config, module), module))
         True
     """
+    checks.instance("config", config, MultiHeadAttentionConfig)
     likes = _arrays(module_like)
     only("equinox", config, {**PLAIN, "dtype": None, "num_kv_heads": config.num_heads})
     _same_layer(config, module_like, likes)

@@ -199,7 +199,9 @@ def check_scale(lora_scale: Any) -> None:
         rule, evidence = "`lora_scale` must be one number.", f"shape {np.shape(lora_scale)}"
         remedy = "Many adapters, each with a scale, are `jax.vmap`'s."
         checks.fail(ValueError, rule, evidence, remedy)
-    if not isinstance(lora_scale, jax.core.Tracer) and not np.isfinite(lora_scale):
+    if isinstance(lora_scale, int) and not isinstance(lora_scale, bool):
+        checks.finite("lora_scale", lora_scale)
+    elif not isinstance(lora_scale, jax.core.Tracer) and not np.isfinite(lora_scale):
         checks.fail(ValueError, "`lora_scale` must be a finite number.", f"{lora_scale}")
 
 

@@ -86,6 +86,7 @@ class Rotary(PositionFunction):
 
     def _dim_of(self, H: int) -> int:
         """How many features of a head turn."""
+        H = checks.integer("H", H, minimum=1)
         dim = H if self.dim is None else self.dim
         if dim > H or dim % 2:
             rule = "Rotary embedding needs an even number of features, at most key_dim."
@@ -102,6 +103,7 @@ class Rotary(PositionFunction):
 
         Angles are exact at every integer position, a million and beyond.
         """
+        checks.floating_array("x_BTNH", x_BTNH, "[B, T, N, H]")
         position_bT = jnp.asarray(position_bT)
         if jnp.issubdtype(position_bT.dtype, jnp.integer):
             return self._turned(x_BTNH, position_bT)

@@ -411,3 +411,12 @@ def test_t5_s_bias_has_room_for_the_buckets_that_hold_several_distances(buckets,
     bias = RelativeBias(buckets, exact + 1, bidirectional)
     found = bias.buckets(-np.array([exact - 1, exact, exact + 1, 3 * exact]))
     assert found.tolist() == [exact - 1, exact, 2 * exact - 1, 2 * exact - 1]
+
+
+@pytest.mark.parametrize("turn", ["__call__", "of_query", "of_key"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_heads_that_are_no_floats_are_refused(turn, dtype):
+    """Of whole numbers the turned ones were cut to whole numbers."""
+    heads, positions = jnp.ones((1, 2, 1, 4), dtype), jnp.arange(2)[None]
+    with pytest.raises(TypeError, match=rf"`x_BTNH` must be a floating-point.* {dtype}"):
+        getattr(Rotary(), turn)(heads, positions)

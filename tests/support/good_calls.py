@@ -1,4 +1,4 @@
-"""One call that works for every public function and class, each argument as a kind that knows
+"""One call that works for every public function of the layer, each argument as a kind that knows
 what would be wrong for it.
 """
 
@@ -7,14 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from wrong_calls import (
+from damaged_trees import Fields, Tree
+from damages import (
     SIZES,
     Bools,
     Choice,
-    Fields,
     Flag,
     Floats,
-    Good,
     Ids,
     Int,
     Key,
@@ -24,8 +23,8 @@ from wrong_calls import (
     Pair,
     Real,
     Sizes,
-    Tree,
 )
+from wrong_calls import Good
 
 import flax_mha
 import flax_mha.nnx

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from flax_mha.core import checks
+from flax_mha.core import checks, file_checks
 from flax_mha.interop.adapters import AttentionAdapter
 from flax_mha.interop.huggingface.adapter_arrays import Linear, from_pairs, kernels_of, linears_of
 from flax_mha.interop.huggingface.adapter_fields import CONFIG, written
@@ -85,10 +85,12 @@ def save_adapter(
         >>> again.scale, bool((again.lora["value"]["a"] == lora["value"]["a"]).all())
         (4.0, True)
     """
-    target, folder = pathlib.Path(directory), open_folder(like)
+    target, folder = file_checks.path("directory", directory), open_folder(like, "like")
+    checks.mapping("adapters", adapters)
+    checks.instance("prefix", prefix, str)
     expect_free(target)
     there = {layer.name: layer for layer in find(folder, max_length, ignore).layers}
-    checks.known_names(f"A layer of {folder.path.name!r}", adapters, there)
+    checks.known_names("A layer in `adapters`", adapters, there)
     made = _collected(folder, [there[name] for name in adapters], adapters)
     model_type = str(folder.fields.get("model_type"))
     named = {module: prefix + renamed(module, model_type) for module in made.places}

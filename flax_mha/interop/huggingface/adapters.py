@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from flax_mha.core import checks
+from flax_mha.core import checks, file_checks
 from flax_mha.interop.adapters import AttentionAdapter, with_one_scale
 from flax_mha.interop.huggingface.adapter_arrays import (
     Linear,
@@ -96,11 +96,11 @@ def load_adapter(
         >>> adapter.scale, {name: x["b"].shape for name, x in adapter.lora.items()}
         (4.0, {'query': (2, 4, 4)})
     """
-    _expect_names("ignore_modules", ignore_modules)
+    ignore_modules = checks.names("ignore_modules", ignore_modules)
     path = _opened(directory)
     ranks = read_fields(path, ignore_modules)
     headers = read_headers(within(path, WEIGHTS))
-    folder = open_folder(like)
+    folder = open_folder(like, "like")
     layers = find(folder, max_length, ignore).layers
     there = _places(folder, layers)
     names = parse(headers)
@@ -129,13 +129,8 @@ def _places(folder: Folder, layers: Sequence[Found]) -> Places:
 # --- in -----------------------------------------------------------------------------------------
 
 
-def _expect_names(name: str, names: Sequence[str]) -> None:
-    if isinstance(names, str) or not all(isinstance(x, str) for x in names):
-        checks.fail(TypeError, f"`{name}` must be a list of names.", f"{name}={names!r}")
-
-
 def _opened(directory: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(directory)
+    path = file_checks.path("directory", directory)
     if not path.is_dir():
         rule = f"`directory` must be the folder of an adapter, with its {CONFIG}."
         remedy = "Nothing is downloaded: `huggingface-cli download NAME` gives a folder."

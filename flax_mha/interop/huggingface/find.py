@@ -53,8 +53,7 @@ def find(folder: Folder, max_length: int | None, ignore: Sequence[str]) -> Conte
     """Every attention layer of the folder; a field that is set and not understood is refused."""
     if max_length is not None:
         checks.integer("max_length", max_length, minimum=1)
-    if isinstance(ignore, str):
-        checks.fail(TypeError, "`ignore` must be a list of names.", f"ignore={ignore!r}")
+    ignore = checks.names("ignore", ignore)
     _refuse_quantised(folder.fields, ignore)
     family = _family(folder.fields.get("model_type"), "model_type")
     fields = Fields(folder.fields, family.defaults, family.names, "", max_length, ignore)

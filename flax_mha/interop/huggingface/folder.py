@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from flax_mha.core import checks
+from flax_mha.core import checks, file_checks
 from flax_mha.interop.torch import load_safetensors
 from flax_mha.interop.torch.safetensors import Header, read_headers
 
@@ -48,11 +48,11 @@ class Folder(NamedTuple):
         return arrays
 
 
-def open_folder(directory: str | os.PathLike[str]) -> Folder:
-    """The folder's config and the headers of its weights."""
-    path = pathlib.Path(directory)
+def open_folder(directory: str | os.PathLike[str], name: str = "directory") -> Folder:
+    """The folder's config and the headers of its weights; `name` is what the caller calls it."""
+    path = file_checks.path(name, directory)
     if not path.is_dir():
-        rule = "`directory` must be the folder of a checkpoint, with its config.json."
+        rule = f"`{name}` must be the folder of a checkpoint, with its config.json."
         remedy = "Nothing is downloaded: `huggingface-cli download NAME` gives a folder."
         checks.fail(ValueError, rule, f"{str(directory)!r}, which is none", remedy)
     _expect_config(path)

@@ -73,8 +73,7 @@ def load_attention(
     folder = open_folder(directory)
     found = find(folder, max_length, ignore).layers
     if names is not None:
-        if isinstance(names, str):
-            checks.fail(TypeError, "`names` must be a list of names.", f"names={names!r}")
+        names = checks.names("names", names)
         checks.known_names("A layer in `names`", names, [layer.name for layer in found])
     wanted = [layer for layer in found if names is None or layer.name in names]
     return {layer.name: read_layer(folder, layer) for layer in wanted}

@@ -14,6 +14,9 @@ def expect_free(target: pathlib.Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         rule = "`directory` must not exist, or be an empty folder."
         checks.fail(ValueError, rule, f"{str(target)!r}, which holds something")
+    if files := [above for above in target.parents if above.is_file()]:
+        rule = "`directory` must lie in a folder."
+        checks.fail(ValueError, rule, f"{str(target)!r}, and {str(files[0])!r} is a file")
 
 
 @contextlib.contextmanager

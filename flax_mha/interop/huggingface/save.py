@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
-from flax_mha.core import checks
+from flax_mha.core import checks, file_checks
 from flax_mha.interop.huggingface.find import Found, find
 from flax_mha.interop.huggingface.folder import Folder, expect_inside, open_folder
 from flax_mha.interop.huggingface.new_folder import expect_free, new_folder
@@ -84,12 +84,14 @@ def save_attention(
         ...     sorted(x.name for x in new.iterdir() if x.read_bytes() == (old/x.name).read_bytes())
         ['config.json', 'model.safetensors']
     """
-    target, folder = pathlib.Path(directory), open_folder(like)
+    target, folder = file_checks.path("directory", directory), open_folder(like, "like")
+    file_checks.by_name("layers", layers, AttentionLayer)
     _expect_other(target, folder.path)
     expect_free(target)
     there = {layer.name: layer for layer in find(folder, max_length, ignore).layers}
-    checks.known_names(f"A layer of {folder.path.name!r}", layers, there)
+    checks.known_names("A layer in `layers`", layers, there)
     for name, layer in layers.items():
+        checks.instance(f"layers[{name!r}].config", layer.config, MultiHeadAttentionConfig)
         _expect_same_config(name, layer.config, there[name].config)
     with new_folder(target) as made:
         _write(made, folder, there, layers)

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-from flax_mha.core import checks
+from flax_mha.core import checks, file_checks
 
 WEIGHTS, CONFIG = "model.weights.h5", "config.json"
 HDF5_MAGIC, ZIP_MAGIC = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
@@ -67,8 +67,9 @@ def import_h5py() -> Any:
 
 
 @contextlib.contextmanager
-def open_keras_file(path: str | os.PathLike[str]) -> Iterator[KerasFile]:
+def open_keras_file(path: str | os.PathLike[str], name: str = "path") -> Iterator[KerasFile]:
     """The file, known by its first bytes and not by its name; or KerasHub's folder of a model."""
+    path = file_checks.path(name, path)
     h5py = import_h5py()
     with contextlib.ExitStack() as stack:
         config = _of_a_folder(path) if os.path.isdir(path) else None

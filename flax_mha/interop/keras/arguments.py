@@ -25,10 +25,7 @@ NO_OPTIONS = Options()
 def checked(max_length: int | None, ignore: Sequence[str]) -> Options:
     if max_length is not None:
         max_length = checks.integer("max_length", max_length, minimum=1)
-    if isinstance(ignore, str):
-        rule = "`ignore` must be a sequence of names of fields."
-        checks.fail(TypeError, rule, f"ignore={ignore!r}", f"Pass `ignore=({ignore!r},)`.")
-    return Options(max_length, tuple(ignore))
+    return Options(max_length, checks.names("ignore", ignore))
 
 
 class Arguments:

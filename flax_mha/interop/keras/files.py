@@ -1,7 +1,6 @@
 """Keras files, `.keras` and `.weights.h5`, read and written without Keras."""
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 
 from flax_mha.config import MultiHeadAttentionConfig
+from flax_mha.core import checks, file_checks
 from flax_mha.core.typing import Params, ParamsLike, Shape
 from flax_mha.interop.keras.archive import open_keras_file
 from flax_mha.interop.keras.arguments import Options, checked
@@ -282,11 +282,17 @@ def save_keras_weights(
         >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)})
         >>> save_keras_weights(path, {"layers/multi_head_attention": (config, params)}, like=path)
     """
+    target = file_checks.new_file("path", path)
+    file_checks.by_name("layers", layers, tuple)
     arrays = {}
-    for name, (config, params, *_) in layers.items():
+    for name, layer in layers.items():
+        if len(layer) < 2:
+            rule = "`layers` must hold (config, params) for each name."
+            checks.fail(ValueError, rule, f"layers[{name!r}] of length {len(layer)}")
+        config, params = layer[:2]
         weights = to_keras_weights(params, config)
         arrays[name] = (config, dict(zip(places_of(config), weights)))
     if like is None:
-        write_new(pathlib.Path(path), arrays)
+        write_new(target, arrays)
     else:
-        write_copy(pathlib.Path(path), arrays, like, kernel_axes)
+        write_copy(target, arrays, like, kernel_axes)

@@ -59,7 +59,7 @@ def write_copy(
     kernel_axes: str | None,
 ) -> None:
     """A copy of `like`, in which nothing differs but these layers' numbers."""
-    with open_keras_file(like) as file:
+    with open_keras_file(like, "like") as file:
         is_archive = file.config is not None and not os.path.isdir(like)
         _ends_in(path, ".keras" if is_archive else ".weights.h5")
         model = contents(file)

@@ -592,7 +592,9 @@ def test_what_cannot_be_saved(base, tuned, tmp_path):
 
     refused(r"must not exist, or be an empty folder", adapters, target=base)
     refused(r"must not exist, or be an empty folder", adapters, target=tuned / CONFIG)
-    refused(r"A layer of 'base' must be among.*Did you mean", {"model.layers.0.self_atn": adapter})
+    refused(
+        r"A layer in `adapters` must be among.*Did you mean", {"model.layers.0.self_atn": adapter}
+    )
     refused(r"must hold AttentionAdapters.*dict", {PATHS[0]: adapter.lora}, TypeError)
     refused(r"`lora_scale` must be a finite", {PATHS[0]: adapter._replace(scale=math.inf)})
     refused(r"must hold an adapter", {})

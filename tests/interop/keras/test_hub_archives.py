@@ -127,7 +127,7 @@ def test_a_field_may_be_passed_over_by_name(tmp_path):
         load_attention(path)
     with pytest.raises(ValueError, match=r"Received: later=7: it is not known"):
         load_attention(path, ignore=["dropout"])
-    with pytest.raises(TypeError, match=r"Pass `ignore=\('dropout',\)`"):
+    with pytest.raises(TypeError, match=r"Write `\('dropout',\)`"):
         load_attention(path, ignore="dropout")
     with pytest.raises(ValueError, match="`max_length` must be a positive integer"):
         load_attention(path, max_length=0)
