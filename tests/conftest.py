@@ -22,8 +22,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # By default few examples, the same ones everywhere; `--hypothesis-profile=long` draws anew until it
-# has found something, has drawn EXAMPLES of each test (of dear ones a part), or is stopped. A first
-# call is compiled, which is slow and no ill health.
+# has found something, has drawn as many as EXAMPLES allows (`fewer` in drawn_calls), or is stopped.
+# A first call is compiled, which is slow and no ill health.
 PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("default", max_examples=10, derandomize=True, **PATIENT)
 MANY = int(os.environ.get("EXAMPLES", 100_000))
