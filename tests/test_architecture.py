@@ -49,7 +49,8 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
-def imported(source: str) -> list[tuple[str, bool]]:
+@functools.cache
+def imported(source: str) -> tuple[tuple[str, bool], ...]:
     """(absolute module name, whether at the top level of the file) of every import."""
     tree = ast.parse(source)
     top = set(tree.body)
@@ -60,7 +61,7 @@ def imported(source: str) -> list[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             names += [(f"{module}.{alias.name}", node in top) for alias in node.names]
-    return names
+    return tuple(names)
 
 
 def own_module(name: str) -> str:
@@ -71,9 +72,10 @@ def own_module(name: str) -> str:
     return next(module for module in candidates if module in SOURCES)
 
 
-def own_imports(source: str) -> set[str]:
+@functools.cache
+def own_imports(source: str) -> frozenset[str]:
     names = [name for name, _ in imported(source)]
-    return {own_module(name) for name in names if name.split(".")[0] == "flax_mha"}
+    return frozenset(own_module(name) for name in names if name.split(".")[0] == "flax_mha")
 
 
 @functools.cache
