@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_mha.core import checks
+from flax_mha.core import checks, file_checks
 
 # The first bytes of what torch.save writes (a zip file since 1.6, before that a pickle), and names.
 _PICKLES = {b"PK\x03\x04": "a zip file", b"\x80": "a pickle"}
@@ -51,7 +51,7 @@ def load_safetensors(
         ...     load_safetensors(folder + "/model.safetensors", prefix="h.0.")
         {'h.0.attn.c_proj.bias': array([0., 0., 0., 0.], dtype=float32)}
     """
-    with _opened(pathlib.Path(path)) as file:
+    with _opened(file_checks.path("path", path)) as file:
         wanted = _wanted(list(file.keys()), names, prefix)
         return {name: _read(file, name) for name in wanted}
 
