@@ -72,6 +72,7 @@ def chunks(params, config, pieces, capacity=T):
     return [np.concatenate(parts) for parts in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     [

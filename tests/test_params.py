@@ -126,6 +126,7 @@ def test_a_jax_initializer_is_called_as_jax_calls_it():
     assert (params["query"]["kernel"] == 0.5).all()
 
 
+@pytest.mark.slow
 def test_init_under_jit_and_vmap():
     config = MultiHeadAttentionConfig(2, 8)
     init = lambda init_key: init_params(init_key, config, (4, 16))

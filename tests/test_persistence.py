@@ -145,6 +145,7 @@ def read_all(caches):
     return {name: output[1] for name, output in outputs.items()}, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [orbax, msgpack, "pickle", "copy"])
 def test_caches_come_back_and_go_on(saved, tmp_path):
     """Inside a tree, as among the variables of a module, into a target of shapes alone."""

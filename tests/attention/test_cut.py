@@ -94,6 +94,7 @@ FEW = [("2x2", "start", "blockwise"), ("4x1", "shared", "reference"), ("1x4", "p
 EVERY = itertools.product(MESHES, CALLS, ["reference", "blockwise"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "name", "implementation"),
     FEW + [pytest.param(*row, marks=pytest.mark.slow) for row in EVERY if row not in FEW],
@@ -110,6 +111,7 @@ def test_an_interpreted_kernel(name, monkeypatch):
     assert_cut_alike((2, 2), "pallas_interpreted", arrays_of(B), **CALLS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation", ["blockwise", pytest.param("reference", marks=pytest.mark.slow)]
 )
@@ -168,6 +170,7 @@ def test_no_cut_without_explicit_axes_alone():
     assert cut_of(mesh_of(1, 4).abstract_mesh, ("data",), None, 4, 4) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["full", *(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "start"))]
 )

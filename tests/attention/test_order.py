@@ -144,6 +144,7 @@ def test_grouped_heads_that_share_masks_and_biases_or_do_not(dtype, shape):
     assert_same({"mask": mask, **call}, arrays, dtype, (8, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [pytest.param(0.0, marks=SLOW), 1e7, -1e8, 1e30])
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=SLOW), "bfloat16"])
 def test_a_row_s_shift_changes_nothing(shift, dtype):

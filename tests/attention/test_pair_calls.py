@@ -189,6 +189,7 @@ STEEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "blocks"),
     [

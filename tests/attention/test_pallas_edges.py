@@ -17,6 +17,7 @@ SMALL = dict(block_sizes=(128, 128))
 LEAST = float(np.finfo("float32").min)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)])
 def test_what_removed_positions_hold_goes_nowhere(broken):
     arrays = arrays_of(150, 140)
@@ -72,6 +73,7 @@ def test_a_bias_of_low_numbers_under_a_mask(fill):
     assert_beside(arrays_of(150, 260), bias=jnp.broadcast_to(bias, (1, 4, 150, 260)), **call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, pytest.param(-3.0, marks=pytest.mark.slow), 1e-9])
 def test_distances_as_large_as_numbers_are(scale):
     """They are divided by a factor of the scale, and none of the quotients overflows."""

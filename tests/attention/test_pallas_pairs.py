@@ -112,6 +112,7 @@ HOLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [x if x == "global and window" else pytest.param(x, marks=pytest.mark.slow) for x in HOLES],

@@ -147,6 +147,7 @@ def test_lengths_in_bfloat16(T):
     assert_beside(arrays_of(T, S, dtype="bfloat16"), **call_of_lengths(T, S))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -217,6 +218,7 @@ def test_dropout_mapped_over_keys_and_starts(starts):
         np.testing.assert_array_equal(got[i], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [290, pytest.param(120, marks=pytest.mark.slow)])
 def test_the_gradient_in_turns(T, monkeypatch):
     """Of 4 heads a turn takes 1, and 2 of its 3 blocks; or 2 heads whose queries are one block."""

@@ -97,6 +97,7 @@ def test_blocks_are_as_large_as_suits_the_band():
     assert tiling(own) == tiling(Mask.window(width - 1, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["window", "far", "after", "rows and columns", "nothing"])
 def test_the_numbers_are_those_of_the_reference(name):
     x = jax.random.normal(jax.random.key(0), (B, T, N, 8))

@@ -23,6 +23,7 @@ def test_a_wrong_layer_is_not_timed(peers_promote):
         check({"flax_mha": ours(SMALL), "wrong": wrong}, SMALL)
 
 
+@pytest.mark.slow
 def test_the_table(peers_promote, capsys):
     main(["--batch", "2", "--capacity", "128", "--rounds", "1"])
     printed = capsys.readouterr().out

@@ -59,6 +59,7 @@ def adapted(base):
     return base
 
 
+@pytest.mark.slow
 def test_adapters_learn_and_the_base_stays_bit_for_bit(copy, base, capsys):
     _, before, _ = opened(copy)
     assert adapt(copy, base.other, "--name", "mine") == 0

@@ -52,6 +52,7 @@ def test_only_training_images_are_learned_from():
         assert {image.tobytes() for image in batch.images_BXY} <= known
 
 
+@pytest.mark.slow
 def test_a_run_predicts_held_out_digits(run_of, capsys):
     run = run_of("digits")
     assert cli.main(run.train("--no-plots", "--steps", "3")) == 0

@@ -35,6 +35,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("feature", "mask", "size"),
     [

@@ -121,6 +121,7 @@ def expected(implementation, T):
     return jax.jit(with_gradient(f))(PARAMS, *inputs(T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "implementation_and_T", "in_context"),
     half(PLACES, [("reference", 16), ("blockwise", 104)], ["", "set_mesh"]),

@@ -58,6 +58,7 @@ def test_parameters_do_not_follow_the_arrays_that_they_were_made_of(bytes_off):
         jax.tree.map(np.testing.assert_array_equal, tree, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [pytest.param(12, marks=pytest.mark.slow), 100])
 def test_a_bias_that_vmap_maps_has_the_gradient_of_each(T):
     x, biases = normal(0, 1, T, 2, 4), normal(1, 3, T, T)
@@ -68,6 +69,7 @@ def test_a_bias_that_vmap_maps_has_the_gradient_of_each(T):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], mapped), alone, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "x", [pytest.param(X, marks=pytest.mark.slow), LARGE], ids=["small", "blocks"]
 )
@@ -92,6 +94,7 @@ def test_stacked_layers_under_scan_remat_and_map(x):
     assert_trees_close(gradient, expected, "float32")
 
 
+@pytest.mark.slow
 def test_16_bit_computation_keeps_float32_gradients():
     config = CONFIG.replace(dtype="bfloat16")
     loss = lambda p: multi_head_attention(p, X, X, config=config).astype("float32").sum()

@@ -54,6 +54,7 @@ def test_eight_devices():
     assert jax.device_count() == DEVICES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [{}, MASKS], ids=["plain", "masked"])
 def test_jit_equals_eager(call):
     call = {**call, "dropout_key": jax.random.key(1), "return_attention_scores": True}

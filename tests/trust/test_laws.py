@@ -222,6 +222,7 @@ def gone_rows(call, part, name):
     return None if real is None else ~real.reshape(*call.batch, -1)
 
 
+@pytest.mark.slow
 @FEW
 @given(plain_calls(batch=(4,), K=2), st.sampled_from([0.1, 0.5, 0.9]), st.booleans())
 def test_dropout_is_the_same_everywhere(call, rate, shared):

@@ -62,6 +62,7 @@ def test_fewer_tokens_than_devices(strategy, T):
     assert context.shape == query.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "layout"),
     [
@@ -184,6 +185,7 @@ def test_an_axis_of_vmap_is_an_axis(strategy, layout):
     close(whole, dot_product_attention(*X, is_causal=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", pytest.param("all_gather", marks=pytest.mark.slow)])
 def test_an_axis_of_pmap_is_an_axis(strategy):
     n = 4
@@ -244,6 +246,7 @@ def test_weights_are_returned_where_they_can_be(strategy, layout):
     close(weights[:, :, back][..., back], dot_product_attention(*X, **call)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", ["all_gather", *(pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES)]
 )
