@@ -44,6 +44,7 @@ THINNED = {
     "attention/context/test_collectives.py": 6,
     "attention/context/test_edges.py": 5,
     "attention/context/test_groups.py": 3,
+    "attention/context/test_kernels_lowered.py": 4,
     "attention/context/test_pair_functions_context.py": 40,
     "attention/context/test_strategies.py": 6,
     "attention/test_attention.py": 44,
@@ -133,6 +134,7 @@ THINNED = {
     "test_params.py": 6,
     "test_persistence.py": 8,
     "training/test_updates.py": 8,
+    "trust/test_extremes.py": 3,
 }
 PROGRAMS = Programs()
 LEFT = pytest.StashKey[int]()

@@ -77,6 +77,7 @@ def test_garbage_in_padding_reaches_nothing(call, names, config):
             np.testing.assert_array_equal(ours, expected, err_msg=str(garbage))
 
 
+@pytest.mark.slow
 def test_garbage_that_is_attended_is_seen():
     """The control: the same NaN, one place earlier, does reach the output."""
     output, _, _ = layer(CONFIGS["plain"], value=VALUE.at[0, 0].set(np.nan), value_mask=REAL_KEYS)

@@ -58,6 +58,7 @@ def one_head_a_lane(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_head_a_lane")
 @pytest.mark.parametrize("name", CALLS)
 def test_context_and_gradients(name):

@@ -32,6 +32,7 @@ def test_what_removed_positions_hold_goes_nowhere(broken):
     compare(results(filled(broken), KERNEL, **call), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [("bfloat16", 1e3), *(pytest.param("float32", x, marks=pytest.mark.slow) for x in (1e2, 1e4))],

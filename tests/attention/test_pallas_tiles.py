@@ -64,6 +64,7 @@ def seen_of(mask, plan, first):
     return tiles(plan, _offset(mask.query_offset) - first, ids, dense=bool(mask.dense_masks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [5, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_a_tile_with_a_pair_is_visited_and_a_whole_one_has_them_all(band, first):

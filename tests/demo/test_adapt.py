@@ -15,6 +15,7 @@ from flax_mha.demo import adapters, cli, evaluate
 from flax_mha.demo.directory import RunDirectory
 from flax_mha.demo.run import opened
 
+pytestmark = pytest.mark.slow
 QUICK = ["--steps", "30", "--learning-rate", "0.02", "--rank", "4"]
 
 
@@ -59,7 +60,6 @@ def adapted(base):
     return base
 
 
-@pytest.mark.slow
 def test_adapters_learn_and_the_base_stays_bit_for_bit(copy, base, capsys):
     _, before, _ = opened(copy)
     assert adapt(copy, base.other, "--name", "mine") == 0
@@ -82,7 +82,6 @@ def test_adapters_learn_and_the_base_stays_bit_for_bit(copy, base, capsys):
     assert f"adapters/mine/, {size:,} bytes of files" in printed
 
 
-@pytest.mark.slow
 def test_the_collection_lora_is_what_is_judged(adapted):
     """The figures, anew from the files: beside the parameters, by the linen module."""
     task, params, _ = opened(adapted.out)
@@ -97,7 +96,6 @@ def test_the_collection_lora_is_what_is_judged(adapted):
     assert without == pytest.approx(results_of(adapted.out, "other")["base"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_generate_with_an_adapter_writes_its_text(adapted, capsys):
     call = ["generate", str(adapted.out), "--bytes", "12", "--temperature", "0.05"]
     call += ["--prompt", "hgfedcbahgfe"]
@@ -113,7 +111,6 @@ def test_generate_with_an_adapter_writes_its_text(adapted, capsys):
     assert bits < 0.5 * results_of(adapted.out, "other")["base"]
 
 
-@pytest.mark.slow
 def test_an_adapter_that_is_not_there(adapted, capsys):
     for name in ("othr", "../adapters/other", ""):
         assert cli.main(["generate", str(adapted.out), "--adapter", name]) == 2
@@ -121,7 +118,6 @@ def test_an_adapter_that_is_not_there(adapted, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_same_name_twice(adapted, copy, capsys):
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
     first = sums(copy)
@@ -134,7 +130,6 @@ def test_the_same_name_twice(adapted, copy, capsys):
     assert set(held.arrays["block_0"]["attention"]) == {"query"}
 
 
-@pytest.mark.slow
 def test_a_full_disk_keeps_those_that_were_there(adapted, copy, capsys, monkeypatch):
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
     first = sums(copy / "adapters" / "other")
@@ -155,7 +150,6 @@ def test_a_full_disk_keeps_those_that_were_there(adapted, copy, capsys, monkeypa
     assert [path.name for path in (copy / "adapters").iterdir()] == ["other"]
 
 
-@pytest.mark.slow
 def test_what_was_cut_off_is_written_anew(adapted, copy, capsys):
     """As many steps, and a whole checkpoint in the folder: it must not be kept."""
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
@@ -172,7 +166,6 @@ def test_what_was_cut_off_is_written_anew(adapted, copy, capsys):
     assert not np.array_equal(*layers)
 
 
-@pytest.mark.slow
 def test_of_another_run(adapted, run_of, capsys):
     """Of the same sizes, so that only the parameters tell."""
     run = run_of("language")
@@ -184,7 +177,6 @@ def test_of_another_run(adapted, run_of, capsys):
     assert list((run.out / "adapters").iterdir()) == []
 
 
-@pytest.mark.slow
 def test_damaged_adapters(adapted, copy, capsys):
     shutil.copytree(adapted.out / "adapters", copy / "adapters", dirs_exist_ok=True)
     folder = copy / "adapters" / "other"
@@ -240,7 +232,6 @@ def test_a_folder_for_a_text(base, tmp_path, capsys):
     assert "cannot read the text" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_bytes_that_are_no_text(copy, tmp_path, capsys):
     """Neither UTF-8 nor printable, under a name that is no folder's."""
     path = tmp_path / "-- \x1b[31m ü.bin"
@@ -251,7 +242,6 @@ def test_bytes_that_are_no_text(copy, tmp_path, capsys):
     assert cli.main(["generate", str(copy), "--adapter", "31m", "--bytes", "3"]) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -290,7 +280,6 @@ def test_a_run_that_is_still_trained(copy, base, capsys):
     assert "is not finished: adapters would not fit" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_other_tasks_and_no_run(run_of, base, tmp_path, capsys):
     run = run_of("digits")
     assert adapt(run.out, base.other) == 2
@@ -308,7 +297,6 @@ def test_other_tasks_and_no_run(run_of, base, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_dropout_grouped_heads_and_a_gate(run_of):
     """Whatever the layer has gets an adapter; dropout draws from a key."""
     run = run_of("language")

@@ -32,6 +32,7 @@ def test_steps_through_a_cache_are_the_whole_window(model_and_params):
     assert evaluate.bits_per_byte_by_steps(model, params, TEXT) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_read_what_int8_holds(model_and_params):
     """Near, and not equal: equal would be another cache than the one that was asked for."""
     model, params = model_and_params

@@ -142,6 +142,7 @@ def test_the_counter_counts():
     assert len(loops_that_wait(compiled(walk, mesh, (x,)))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "implementation", "explicit", "T"),
     [

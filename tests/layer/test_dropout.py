@@ -51,6 +51,7 @@ def test_kept_weights_are_divided_and_others_are_zero():
     assert_close(dropped, np.where(kept, weights / (1 - RATE), 0), "float32")
 
 
+@pytest.mark.slow
 def test_layer_equals_the_oracle_for_the_revealed_mask():
     """The layer drops what `dot_product_attention` drops for the same key, and nothing else."""
     dropout_key = jax.random.key(5)

@@ -84,6 +84,7 @@ def mapped(params, arrays, **how):
     return state[0], losses
 
 
+@pytest.mark.slow
 def test_training_by_pmap_is_training_on_one_device(params, batch):
     right, losses = trained(jax.jit(on_one_device), params, batch)
     found, by_pmap = mapped(params, batch)

@@ -167,6 +167,7 @@ def ways():
         yield pytest.param(name, blocks, marks=[pytest.mark.slow] if slow else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "blocks"), list(ways()), ids=str)
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_implementation_and_block_size_drops_the_same_weights(name, blocks, shared):

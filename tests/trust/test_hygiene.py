@@ -174,7 +174,7 @@ SWITCHES = {
 }
 # Promotion of dtypes and of ranks is refused in every test: see tests/conftest.py.
 SWITCHED = [
-    pytest.param(*row, marks=pytest.mark.slow if i % 119 else ())
+    pytest.param(*row, marks=pytest.mark.slow if i % 357 else ())
     for i, row in enumerate(itertools.product(SWITCHES, FACES, ("call", "grad"), FEATURES))
     if served(*row[1:], "reference")
 ]

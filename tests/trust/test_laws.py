@@ -111,6 +111,7 @@ def test_a_causal_prefix_does_not_see_what_follows(call, data):
     assert_near(attend(call, heads, is_causal=True), expected, "float32", "context")
 
 
+@pytest.mark.slow
 @FEW
 @example(dataclasses.replace(SOME_NOWHERE, implementation="reference"), 3)
 @given(plain_calls(), st.integers(0, 13))
@@ -193,6 +194,7 @@ def pulled_of(call, arrays, probe):
     return {"context": context, **pull(probe)[0]}
 
 
+@pytest.mark.slow
 @FEW
 @given(calls(["blockwise", "reference"], LENGTHS, dtype="float32", return_weights=False,
              return_residuals=False), st.booleans(), st.booleans())  # fmt: skip

@@ -73,7 +73,7 @@ NONE = Call((2,), 0, 3, mask=(JOINED, ("not", ("padding", True, True, True, 1)))
 BANDED = Call((2,), 17, 19, 2, mask=(("window", 4, 3),), block_sizes=(3, 4))
 
 
-@fewer(4)
+@fewer(10)
 @example(BANDED, "vjp", True)
 @example(GROUPED, "vjp", True)
 @example(MOVED, "vjp", True)
@@ -84,14 +84,14 @@ def test_blocks_of_any_call_give_the_oracle_s_numbers(call, way, jit):
     check(call, way, jit)
 
 
-@fewer(4)
+@fewer(10)
 @given(calls(["reference", None]), WAYS, st.booleans())
 def test_the_reference_and_the_choice_of_any_call_give_the_oracle_s_numbers(call, way, jit):
     check(call, way, jit)
 
 
 @pytest.mark.slow
-@fewer(5)
+@fewer(10)
 @given(calls(["pallas_interpreted"], st.integers(0, 13)), st.booleans())
 def test_the_kernel_gives_the_oracle_s_numbers_or_names_its_reason(call, jit):
     with in_dtype(call):

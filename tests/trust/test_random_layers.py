@@ -28,7 +28,7 @@ from flax_mha import (
 )
 from flax_mha.attention.dropout import keep_mask, words_of
 
-FEW = fewer(5)
+FEW = fewer(10)
 SHAPES = {  # attention_axes: (query, value) of features D and M
     None: lambda T, S: ((2, T), (2, S)),
     (1,): lambda T, S: ((2, T, 3), (2, S, 3)),

@@ -129,6 +129,7 @@ def checked(wrongs):
     return outcomes
 
 
+@pytest.mark.slow
 def test_some_wrong_calls_of_every_function_are_refused_by_name():
     wrongs = [wrong for wrong in all_wrong() if expected(wrong) is None]
     checked(wrongs[::SAMPLED])

@@ -111,6 +111,7 @@ def test_a_file_holds_what_the_layer_does(kind, mode, name, tmp_path):
     np.testing.assert_allclose(ours(found, loaded), ours(config, params), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("mode", ["int8", INT4], ids=["int8", "int4"])
 def test_the_weights_are_keras_s_to_float32_s_last_digit(kind, mode):
