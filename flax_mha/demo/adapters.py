@@ -124,10 +124,11 @@ def save(run: RunDirectory, name: str, base: Any, adapter: Adapter, results: Any
         "results": results,
     }
     try:
-        _remove(new, old)  # left by a process that was killed
+        _remove(new)  # left by a process that was killed
         checkpoint.save(new, adapter.settings.train.steps, adapter.arrays)
         checkpoint.write_at_once(_file(new), json.dumps(held, indent=1) + "\n")
         if folder.exists():
+            _remove(old)
             folder.rename(old)
         new.rename(folder)
         _remove(old)
@@ -157,8 +158,8 @@ def load(run: RunDirectory, task: Task, params: Any, name: str) -> Adapter:
     return Adapter(layers_lora, settings, arrays)
 
 
-def _remove(*folders: Path) -> None:
-    for folder in filter(Path.exists, folders):
+def _remove(folder: Path) -> None:
+    if folder.exists():
         shutil.rmtree(folder)
 
 

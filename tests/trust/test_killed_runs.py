@@ -162,7 +162,8 @@ def small_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
     mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"a small disk must be mounted, which root may: {mounted.stderr.strip()}")
+        said = mounted.stderr.strip()
+        pytest.skip(reason=f"a small disk must be mounted, which root may: {said}")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

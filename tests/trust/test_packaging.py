@@ -143,7 +143,8 @@ def checker(name):
     beside = pathlib.Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        pytest.skip(reason=f"{name} is not installed: pip install -e '.[lint]'")
+        how = "pip install -e '.[lint]', as .ci/run does"
+        pytest.skip(reason=f"{name}, a type checker, is not installed: {how}")
     return found
 
 

@@ -269,6 +269,7 @@ def save_keras_weights(
         ValueError: parameters that do not fit their config or the layer in `like`, or, without
             `like`, that Keras's layer lacks (norms, sinks); a `score`; an unknown layer, a file
             name with another ending, a damaged or hostile `like`.
+        TypeError: a path or `layers` that are none.
         ImportError: h5py is not installed.
 
     Differs from Keras: (1) with `like` the archive's config.json stays as it is, so a changed
