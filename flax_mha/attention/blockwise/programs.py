@@ -55,7 +55,6 @@ class Tangent(TileSum):
     """(arrays of the signature, the softmax; d_query, d_key, ...) -> (d_context, d_row_sum)."""
 
     function: "_TileTangent"
-    engine: Engine
 
     @classmethod
     def of(cls, engine: Engine, signature: Signature, moving: tuple[str, ...]) -> "Tangent":

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
+from flax_mha.attention.blockwise.engine import Blocks, Call, Engine
 from flax_mha.attention.blockwise.lanes import begin
 from flax_mha.attention.blockwise.loops import every, query_loop, where_needed
 from flax_mha.attention.blockwise.parts import Here, Part
@@ -67,9 +68,10 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class TileSum(Program):
-    """The program of one such sum.
+    """The program of one such sum; its known arrays are [*facts, *arrays, *softmax, *more].
 
-    Its known arrays are those of the signature, then further ones: [*facts, *known].
+    Where `engine` is not the blocks themselves the softmax is theirs all the same: logits of 1e8
+    that two programs compute differ by 8, and e^(logits - row_max) of the two by e^8.
     """
 
     signature: Signature
@@ -77,6 +79,7 @@ class TileSum(Program):
     known: tuple[Part, ...]
     linear: tuple[Part, ...]
     outputs: tuple[Part, ...]
+    engine: Engine
 
     @property
     def count(self) -> int:
@@ -96,12 +99,14 @@ class TileSum(Program):
             self.known + self.linear,
             tuple(self.known[i] for i in chosen),
             self.outputs,
+            self.engine,
         )
 
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
         plan, blocks = self.signature.filled(known, place)
         tiling, wide = plan.tiling, wide_dtype(blocks.query_BTNH.dtype)
         fill = lambda parts, xs: [(p, p.fill(tiling, x)) for p, x in zip(parts, xs)]  # noqa: E731
+        known = self._with_own_softmax(known, place)
         arrays = fill(self.known, known[self.signature.leaves :]), fill(self.linear, linear)
 
         def add(tile: Tile, masked: bool, sums: list[Array]) -> list[Array]:
@@ -131,6 +136,13 @@ class TileSum(Program):
         zeros = [full(blocks.query_BTNH, p.filled(tiling), 0, wide) for p in self.outputs]
         sums = every(tiling.lanes, lane, zeros)
         return [p.trim(x).astype(p.dtype) for p, x in zip(self.outputs, sums)]
+
+    def _with_own_softmax(self, known: list[Array], place: Place) -> list[Array]:
+        if isinstance(self.engine.at(place), Blocks):
+            return known
+        end = self.signature.leaves + len(self.signature.parts)
+        softmax = Blocks().forward(Call(self.signature, known[:end], place))
+        return [*known[:end], *softmax, *known[end + len(softmax) :]]
 
 
 def _taken(here: Here, arrays: Sequence[tuple[Part, Array]], wide: Any) -> list[Array]:

@@ -5,6 +5,8 @@
     d_query = scale d_product . key     d_key = d_product^T . scale query
     d_value = drop(exp)^T . d_context
 
+In float32 d_logits of a key that has all of its row is d_row_sum, as by blocks: not a rounding.
+
 d_query of all queries stays in VMEM until every key block has added to it: of more queries than
 there is room for, some heads or some rows go at a time, and the keys' gradients are summed over
 these turns. d_key and d_value are summed transposed, `[h, s]`: so queries stand in rows in every
@@ -201,11 +203,14 @@ def d_logits(here: Here, masked: bool, of: str | None = None) -> tuple[Array, Ar
         logits_ts, steep = score_and_slope(here, logits_ts, of)
     if masked:
         logits_ts = jnp.where(allowed(here), logits_ts, -jnp.inf)
-    exp_ts = jnp.exp(logits_ts - wide(as_column(refs["row_max"][:, rows]), size))
+    of_row = lambda name: wide(as_column(refs[name][:, rows]), size)  # noqa: E731
+    exp_ts = jnp.exp(logits_ts - of_row("row_max"))
     d_exp = dot(plan, refs["d_context"][rows], value, ROWS_BY_ROWS)
     kept = keeps(here) if plan.rate > 0 else None
-    delta = wide(as_column(refs["delta"][:, rows]), size)
-    d_logits_ts = exp_ts * (dropped(d_exp, kept) - delta)
+    d_logits_ts = exp_ts * (dropped(d_exp, kept) - of_row("delta"))
+    if "d_alone" in refs:  # NaN of a row that no key has as a whole
+        d_alone = of_row("d_alone")
+        d_logits_ts = jnp.where((exp_ts >= 1) & (d_alone == d_alone), d_alone, d_logits_ts)
     if plan.score is not None:
         d_logits_ts = through(d_logits_ts, steep)
     d_product = d_logits_ts if slope is None else d_logits_ts * slope

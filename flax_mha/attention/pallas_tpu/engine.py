@@ -82,11 +82,14 @@ def _of_rows(made: Prepared, softmax: Softmax, cotangents: Cotangents) -> dict[s
     # Of the rounded d_context, as the products are: so a row of d_logits still sums to 0.
     delta = (d_context.astype(context.dtype) * context).sum(-1).swapaxes(1, 2) * (1 - rate)
     delta -= d_row_sum * row_sum * share
-    return {
+    operands = {
         "d_context": made.rows(d_context),
         "row_max": made.row(row_max, jnp.inf),
         "delta": made.row(delta),
     }
+    if d_context.dtype == context.dtype:  # in 16 bits the rounding stays, as in the blocks
+        operands["d_alone"] = made.row(jnp.where(row_sum == 1, d_row_sum, jnp.nan), jnp.nan)
+    return operands
 
 
 def _of_biases(made: Prepared, operands: dict[str, Array], call: Call) -> Gradients:

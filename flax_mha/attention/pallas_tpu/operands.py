@@ -8,6 +8,7 @@ A lower-case axis may have size 1. R = pairs of ids; a removed position is an id
 Scalars are read before a tile begins: the spans, the position of query 0, the words and the start
 of dropout, and the first query head and block of a backward turn. Of functions of pairs there are
 rows b k g 1 T, columns b k g 1 S, and more scalars: numbers of heads b n, and the tiles to visit.
+`d_alone` stands as delta does.
 """
 
 import functools
@@ -35,6 +36,7 @@ AXES = {
     "row_max": "BKG1T",
     "row_sum": "BKG1T",
     "delta": "BKG1T",
+    "d_alone": "BKG1T",
     "row": "BKG1T",
     "column": "BKG1S",
     "d_row": "BKG1T",

@@ -111,10 +111,14 @@ class Plan:
     def backward_part(self) -> Part:
         """The whole tile: its five products leave the vector units time enough.
 
-        With dropout so little that the products of one part overlap with the next one's draws.
+        With dropout so little that the products of one part overlap with the next one's draws. In
+        float32 so little that what is looked at twice need not leave the registers for long.
         """
-        whole = Part(self.t, self.s)
-        return whole if self.rate == 0 else Part(largest_divisor(self.t, 256), LANES)
+        if self.rate > 0:
+            return Part(largest_divisor(self.t, 256), LANES)
+        if "d_alone" in self.names:
+            return Part(largest_divisor(self.t, 256), largest_divisor(self.s, 256))
+        return Part(self.t, self.s)
 
 
 def largest_divisor(size: int, most: int) -> int:

@@ -11,6 +11,10 @@ Parts of a tile, backward, its products in the other order: all of 1024 x 1024 2
 1024 2346 / 1124, 256 x 1024 2416, 1024 x 512 2374; d_key as d_product^T . query, with the tile
 transposed, 2224 / 1315. In this order (d_value, d_key, d_query) 2196 / 1197.
 
+In float32, backward, where a key that has all of its row is looked for: parts of 256 x 256 2578 /
+1430, 512 x 256 2599 / 1510, 1024 x 256 2648 / 1498, 256 x 128 2686 / 2373, all of it 2756 / 1684;
+in two rows, whether and what, 256 x 256 2598 / 1591. Without, all of it 2510 / 1380.
+
 With dropout, forward: 1024 x 256 2015 / 1842 (x 512 2275 / 1903). Backward, where a part's products
 follow the next part's draws: 256 x 128 2781 / 2277, in the other order 2760 / 2264, with transposed
 operands and columns of row_max made once a tile 2225 on v6e; 256 x 256 3554 / 2235. Where they
