@@ -32,9 +32,18 @@ from flax_mha.core.typing import Array
 class Constraint(Frozen):
     """A projection of one array of weights."""
 
-    @abstractmethod
     def __call__(self, w: Array) -> Array:
-        """`w` projected; its shape and dtype stay."""
+        """`w` projected; its shape and dtype stay.
+
+        Raises:
+            TypeError: `w` is no array of floating-point numbers.
+            ValueError: an axis of the norm is none of `w`.
+        """
+        checks.floating_array("w", w, "of weights")
+        return self._projected(at_least_float32(w)).astype(w.dtype)
+
+    @abstractmethod
+    def _projected(self, w: Array) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class NonNeg(Constraint):
         [0.0, 2.0]
     """
 
-    def __call__(self, w: Array) -> Array:
+    def _projected(self, w: Array) -> Array:
         return jnp.maximum(w, 0)
 
 
@@ -68,7 +77,7 @@ class MaxNorm(Constraint):
     max_value: NonNegative = 2
     axis: Axes = 0
 
-    def __call__(self, w: Array) -> Array:
+    def _projected(self, w: Array) -> Array:
         return _with_norm(lambda norm: jnp.minimum(norm, self.max_value), w, self.axis)
 
 
@@ -87,7 +96,7 @@ class UnitNorm(Constraint):
 
     axis: Axes = 0
 
-    def __call__(self, w: Array) -> Array:
+    def _projected(self, w: Array) -> Array:
         return _with_norm(jnp.ones_like, w, self.axis)
 
 
@@ -121,7 +130,7 @@ class MinMaxNorm(Constraint):
             evidence = f"min_value={self.min_value}, max_value={self.max_value}"
             checks.fail(ValueError, rule, evidence, "Are the two swapped?")
 
-    def __call__(self, w: Array) -> Array:
+    def _projected(self, w: Array) -> Array:
         return _with_norm(self._desired, w, self.axis)
 
     def _desired(self, norm: Array) -> Array:
@@ -133,8 +142,7 @@ def _with_norm(
     desired: Callable[[Array], Array], w: Array, axis: int | tuple[int, ...] | None
 ) -> Array:
     """`w * desired(|w|) / (|w| + 1e-7)`, with |w| the norm along `axis`."""
-    wide = at_least_float32(w)
     axes = (axis,) if isinstance(axis, int) else axis
-    axes = tuple(range(wide.ndim)) if axes is None else axes_within("axis", axes, wide.shape)
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=axes, keepdims=True))
-    return (wide * (desired(norm) / (norm + EPSILON))).astype(jnp.asarray(w).dtype)
+    axes = tuple(range(w.ndim)) if axes is None else axes_within("axis", axes, w.shape)
+    norm = jnp.sqrt(jnp.sum(jnp.square(w), axis=axes, keepdims=True))
+    return w * (desired(norm) / (norm + EPSILON))

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_mha.core import checks
 from flax_mha.core.dtypes import wide_dtype
-from flax_mha.core.frozen import Frozen, NonNegative, Number, Seed
+from flax_mha.core.frozen import Frozen, NonNegative, Number, Seed, number
 from flax_mha.core.typing import Array, DType, PRNGKey, Shape
 
 Key: TypeAlias = PRNGKey | None
@@ -20,9 +21,26 @@ Fans: TypeAlias = tuple[float, float] | None
 class Initializer(Frozen):
     """A rule for the first values of an array."""
 
-    @abstractmethod
     def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
-        """An array of this shape and dtype; `init_key` is read by random, unseeded ones."""
+        """An array of this shape and dtype; `init_key` is read by random, unseeded ones.
+
+        Raises:
+            TypeError, ValueError: `shape` is not one, `dtype` not floating, `fans` not two sizes.
+        """
+        shape = checks.sizes("shape", shape)
+        if fans is not None:
+            fans = _two_fans(fans)
+        return self._values(init_key, shape, checks.floating_dtype("dtype", dtype), fans)
+
+    @abstractmethod
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array: ...
+
+
+def _two_fans(fans: Any) -> Fans:
+    if not isinstance(fans, Sequence) or isinstance(fans, str | bytes) or len(fans) != 2:
+        rule = "`fans` must be a pair (fan_in, fan_out)."
+        checks.fail(TypeError, rule, f"fans={checks.shortened(fans)}")
+    return tuple(number(low=0)(f"fans[{i}]", n) for i, n in enumerate(fans))
 
 
 # --- without randomness -------------------------------------------------------------------------
@@ -37,7 +55,7 @@ class Zeros(Initializer):
         [0.0, 0.0]
     """
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         return jnp.zeros(shape, dtype)
 
 
@@ -50,7 +68,7 @@ class Ones(Initializer):
         [1.0, 1.0]
     """
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         return jnp.ones(shape, dtype)
 
 
@@ -68,7 +86,7 @@ class Constant(Initializer):
 
     value: Number = 0.0
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         return jnp.full(shape, self.value, dtype)
 
 
@@ -89,11 +107,11 @@ class Identity(Initializer):
 
     gain: Number = 1.0
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         if len(shape) != 2:
             rule = "Identity initializes matrices, arrays of rank 2."
             remedy = "Kernels of attention have rank 3: Orthogonal serves any rank from 2 on."
-            checks.fail(ValueError, rule, f"shape {tuple(shape)}", remedy)
+            checks.fail(ValueError, rule, f"shape {shape}", remedy)
         return self.gain * jnp.eye(*shape, dtype=dtype)
 
 
@@ -119,7 +137,7 @@ class RandomNormal(Initializer):
     stddev: NonNegative = 0.05
     seed: Seed = None
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         draw = jax.random.normal(_draw_key(self.seed, init_key), shape, dtype)
         return draw * self.stddev + self.mean
 
@@ -146,7 +164,7 @@ class TruncatedNormal(Initializer):
     stddev: NonNegative = 0.05
     seed: Seed = None
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         init_key = _draw_key(self.seed, init_key)
         draw = jax.random.truncated_normal(init_key, -2.0, 2.0, shape, dtype)
         return draw * self.stddev + self.mean
@@ -179,7 +197,7 @@ class RandomUniform(Initializer):
             evidence = f"minval={self.minval}, maxval={self.maxval}"
             checks.fail(ValueError, rule, evidence, "Are the two swapped?")
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         init_key = _draw_key(self.seed, init_key)
         return jax.random.uniform(init_key, shape, dtype, self.minval, self.maxval)
 
@@ -210,10 +228,10 @@ class Orthogonal(Initializer):
     gain: Number = 1.0
     seed: Seed = None
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         if len(shape) < 2:
             rule = "Orthogonal initializes arrays of rank 2 or more."
-            checks.fail(ValueError, rule, f"shape {tuple(shape)}", "For biases use Zeros.")
+            checks.fail(ValueError, rule, f"shape {shape}", "For biases use Zeros.")
         rows, columns = math.prod(shape[:-1]), shape[-1]
         tall = (max(rows, columns), min(rows, columns))
         init_key = _draw_key(self.seed, init_key)

@@ -121,7 +121,7 @@ class VarianceScaling(Initializer):
         super().__post_init__()
         _check_pair(f"{type(self).__name__}.", self.input_axes, self.output_axes)
 
-    def __call__(self, init_key: Key, shape: Shape, dtype: DType, *, fans: Fans = None) -> Array:
+    def _values(self, init_key: Key, shape: Shape, dtype: DType, fans: Fans) -> Array:
         if fans is None or self.input_axes is not None:
             fans = compute_fans(shape, self.input_axes, self.output_axes)
         fan_in, fan_out = fans

@@ -22,9 +22,17 @@ from flax_mha.core.typing import Array
 class Regularizer(Frozen):
     """A penalty of one array."""
 
-    @abstractmethod
     def __call__(self, x: Array) -> Array:
-        """The penalty of `x`, a scalar of its dtype, at least float32."""
+        """The penalty of `x`, a scalar of its dtype, at least float32.
+
+        Raises:
+            TypeError: `x` is no array of floating-point numbers.
+        """
+        checks.floating_array("x", x, "of weights")
+        return self._penalty(at_least_float32(x))
+
+    @abstractmethod
+    def _penalty(self, x: Array) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,8 @@ class L1(Regularizer):
 
     l1: NonNegative = 0.01
 
-    def __call__(self, x: Array) -> Array:
-        return self.l1 * jnp.sum(jnp.abs(at_least_float32(x)))
+    def _penalty(self, x: Array) -> Array:
+        return self.l1 * jnp.sum(jnp.abs(x))
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ class L2(Regularizer):
 
     l2: NonNegative = 0.01
 
-    def __call__(self, x: Array) -> Array:
-        return self.l2 * jnp.sum(jnp.square(at_least_float32(x)))
+    def _penalty(self, x: Array) -> Array:
+        return self.l2 * jnp.sum(jnp.square(x))
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class L1L2(Regularizer):
     l1: NonNegative = 0.0
     l2: NonNegative = 0.0
 
-    def __call__(self, x: Array) -> Array:
+    def _penalty(self, x: Array) -> Array:
         return L1(self.l1)(x) + L2(self.l2)(x)
 
 
@@ -108,12 +116,12 @@ class OrthogonalRegularizer(Regularizer):
     factor: NonNegative = 0.01
     mode: Annotated[str, choice("rows", "columns")] = "rows"
 
-    def __call__(self, x: Array) -> Array:
-        if jnp.ndim(x) != 2:
-            rule = "OrthogonalRegularizer needs a matrix, an array of rank 2."
+    def _penalty(self, x: Array) -> Array:
+        if x.ndim != 2:
+            rule = "OrthogonalRegularizer needs a matrix `x`, an array of rank 2."
             remedy = "Kernels of attention have rank 3: use L1 or L2, or a callable that reshapes."
-            checks.fail(ValueError, rule, f"shape {jnp.shape(x)}", remedy)
-        rows = at_least_float32(x) if self.mode == "rows" else at_least_float32(x).T
+            checks.fail(ValueError, rule, f"shape {x.shape}", remedy)
+        rows = x if self.mode == "rows" else x.T
         length2 = jnp.sum(jnp.square(rows), axis=1, keepdims=True)
         # The maximum keeps the branch not taken finite: its gradient, times 0, would be NaN.
         inverse = lax.rsqrt(jnp.maximum(length2, EPSILON**2))

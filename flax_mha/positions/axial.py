@@ -67,6 +67,7 @@ class AxialRotary(Rotary):
     """
 
     takes_floats: ClassVar[bool] = True
+    _ranks: ClassVar[tuple[int, ...]] = (2, 3)
 
     sections: Annotated[tuple[int, ...], rules.sections] = dataclasses.field(kw_only=True)
     layout: Annotated[str, choice(*LAYOUTS)] = "whole"

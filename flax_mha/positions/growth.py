@@ -72,7 +72,16 @@ class QueryGrowth(PositionFunction):
     rotary: Annotated[Rotary | None, _rotary] = None
 
     def __call__(self, position_bT: Array) -> Array:
-        """What the queries are multiplied by, float32 `[b, T]`."""
+        """What the queries are multiplied by, float32 `[b, T]`.
+
+        Raises:
+            TypeError: positions that are no integers.
+            ValueError: positions of another rank.
+        """
+        position_bT = checks.token_positions("position_bT", position_bT, floats=False)
+        if position_bT.ndim != 2:
+            rule = "`position_bT` must be one position a token, [b, T]."
+            checks.fail(ValueError, rule, f"shape {position_bT.shape}")
         from_zero = jnp.maximum(at_least_32_bits(position_bT), 0)
         # Split, for the sum of the largest position and the offset would wrap.
         rest = (from_zero % self.interval + self.offset) // self.interval

@@ -9,7 +9,7 @@ Reference: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +62,8 @@ class Rotary(PositionFunction):
         True
     """
 
+    _ranks: ClassVar[tuple[int, ...]] = (2,)  # of positions
+
     base: Positive = 10000.0
     dim: Annotated[int | None, rules.even] = None
     interleaved: Annotated[bool, checks.boolean] = False
@@ -102,9 +104,14 @@ class Rotary(PositionFunction):
         """The heads turned, `[B, T, N, H]`; positions `[B or 1, T]`. At least float32 inside.
 
         Angles are exact at every integer position, a million and beyond.
+
+        Raises:
+            TypeError: heads that are no floats, positions that are no numbers.
+            ValueError: heads of another rank, or positions that are not one a token.
         """
         checks.floating_array("x_BTNH", x_BTNH, "[B, T, N, H]")
-        position_bT = jnp.asarray(position_bT)
+        position_bT = checks.token_positions("position_bT", position_bT, floats=True)
+        self._check_heads(x_BTNH, position_bT)
         if jnp.issubdtype(position_bT.dtype, jnp.integer):
             return self._turned(x_BTNH, position_bT)
         # Where padding has NaN for a position, NaN times a zero cotangent would reach the kernels.
@@ -138,3 +145,12 @@ class Rotary(PositionFunction):
         if self.interleaved:
             return jnp.stack([a, b], -1).reshape(*a.shape[:-1], -1)
         return jnp.concatenate([a, b], -1)
+
+    def _check_heads(self, x_BTNH: Array, position_bT: Array) -> None:
+        """Heads of rank 4, and a position a token, of one axis or of all."""
+        tokens = x_BTNH.shape[:2]
+        one_each = position_bT.shape[-2:] in (tokens, (1, *tokens[1:]))
+        if x_BTNH.ndim != 4 or position_bT.ndim not in self._ranks or not one_each:
+            rule = "`x_BTNH` must be heads [B, T, N, H], `position_bT` positions [B, T] or [1, T]."
+            evidence = f"shapes {x_BTNH.shape} and {position_bT.shape}"
+            checks.fail(ValueError, rule, evidence)

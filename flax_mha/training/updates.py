@@ -23,6 +23,7 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
         The tree of `params`, constrained; boxes (`nn.Partitioned`) and nnx's variables stay.
 
     Raises:
+        TypeError: parameters that are no floating-point arrays, or quantized.
         ValueError: a constraint whose `axis` an array does not have.
 
     Example:
@@ -39,12 +40,13 @@ def apply_constraints(params: ParamsLike, config: MultiHeadAttentionConfig) -> A
         boxes.refuse(params, "params")
         raise
     for path, leaf in leaves:
-        if not checks.is_array(leaf) or leaf.dtype.kind in "cOUS":
+        if not checks.is_array(leaf):
             rule = f"params{jax.tree_util.keystr(path)} must be an array of floats."
             checks.fail(TypeError, rule, f"{type(leaf).__name__}")
     if any(map(_is_quantized, leaves)):
         rule = "A quantized kernel has no constraint: it is not trained."
         checks.fail(TypeError, rule, "quantized parameters", "Constrain them, then quantize.")
+    checks.floating_params(params)
     return jax.tree_util.tree_map_with_path(
         lambda path, array: _constraint(config, path)(array), params
     )

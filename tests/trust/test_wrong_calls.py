@@ -72,13 +72,16 @@ ACCEPTED = {
     "Mask.causal(query_offset: two ranks more)": "offsets [B] are flattened",
     "apply_constraints(params: an array)": "a tree without a kernel",
     "apply_constraints(params: *None)": "a tree without a kernel",
-    "apply_constraints(params: * of ints)": "a constraint is a function of any numbers",
-    "apply_constraints(params: * of bools)": "a constraint is a function of any numbers",
     "explain(platform: None)": "this machine's",
     "mask_from_torch(*: dtype *float*)": "PyTorch adds floats to the logits",
     "mask_from_torch(attn_mask: a rank less)": "[T, S] of all examples",
     "*.LongRopeScaling(factors: with a half)": "factors are floats",
     "save_adapter of a layer(scale: 7)": "one number",
+    "initializers.*(fans: with a half)": "fans may be fractions",
+    "regularizers.L*(x: * rank*)": "a sum over any axes",
+    "constraints.*(w: *rank*more)": "the axes are there",
+    "constraints.NonNeg()(w: a rank less)": "each number for itself",
+    "Rotary*(position_b?: dtype float32)": "it turns by any number",
 }
 
 
@@ -223,8 +226,8 @@ ELSEWHERE = {
         "interop.keras.": "KerasLayer list_keras_layers load_attention load_keras_file"
         " read_keras_arrays",
         "interop.torch.": "load_safetensors",
-        "keras.constraints.": "Constraint NonNeg",
-        "keras.initializers.": "Initializer Ones Zeros",
+        "keras.constraints.": "Constraint",
+        "keras.initializers.": "Initializer",
         "keras.regularizers.": "Regularizer",
         "norms.": "Norm",
         "positions.": "DenseBias DistanceFunction PositionFunction Scaling Score",
