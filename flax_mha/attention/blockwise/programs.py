@@ -55,9 +55,13 @@ class Tangent(TileSum):
     """(arrays of the signature, the softmax; d_query, d_key, ...) -> (d_context, d_row_sum)."""
 
     function: "_TileTangent"
+    engine: Engine
 
     @classmethod
-    def of(cls, engine: Engine, signature: Signature, moving: tuple[str, ...]) -> "Tangent":
+    def of(
+        cls, engine: Engine, signature: Signature, moving: tuple[str, ...], *, all_keys: bool = True
+    ) -> "Tangent":
+        """`all_keys` = the softmax that is known is that of the call's keys, and of no others."""
         named = dict(zip(signature.names, signature.parts))
         softmax = softmax_parts(signature)
         return cls(
@@ -66,6 +70,7 @@ class Tangent(TileSum):
             (*signature.parts, *softmax),
             tuple(named[name] for name in moving),
             (softmax.context_BTNV, softmax.row_sum_BNT),
+            engine if all_keys else None,
             engine,
         )
 

@@ -70,8 +70,9 @@ class Moved:
 class TileSum(Program):
     """The program of one such sum; its known arrays are [*facts, *arrays, *softmax, *more].
 
-    Where `engine` is not the blocks themselves the softmax is theirs all the same: logits of 1e8
-    that two programs compute differ by 8, and e^(logits - row_max) of the two by e^8.
+    `softmax_by` says what computed the softmax of these keys; None = it is one of more keys. Where
+    that is not the blocks themselves they compute it anew: logits of 1e8 that two programs compute
+    differ by 8, and e^(logits - row_max) of the two by e^8.
     """
 
     signature: Signature
@@ -79,7 +80,7 @@ class TileSum(Program):
     known: tuple[Part, ...]
     linear: tuple[Part, ...]
     outputs: tuple[Part, ...]
-    engine: Engine
+    softmax_by: Engine | None
 
     @property
     def count(self) -> int:
@@ -99,7 +100,7 @@ class TileSum(Program):
             self.known + self.linear,
             tuple(self.known[i] for i in chosen),
             self.outputs,
-            self.engine,
+            self.softmax_by,
         )
 
     def run(self, known: list[Array], linear: list[Array], place: Place) -> list[Array]:
@@ -138,7 +139,7 @@ class TileSum(Program):
         return [p.trim(x).astype(p.dtype) for p, x in zip(self.outputs, sums)]
 
     def _with_own_softmax(self, known: list[Array], place: Place) -> list[Array]:
-        if isinstance(self.engine.at(place), Blocks):
+        if self.softmax_by is None or isinstance(self.softmax_by.at(place), Blocks):
             return known
         end = self.signature.leaves + len(self.signature.parts)
         softmax = Blocks().forward(Call(self.signature, known[:end], place))

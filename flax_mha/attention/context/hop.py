@@ -102,7 +102,8 @@ def call_gradient(ring: Ring, call: Inputs, softmax: Softmax, cotangents: Softma
     of_arrays = lambda moving: split(with_moving(call, moving), ring.options)[::-1]  # noqa: E731
     arrays, pull, facts = jax.vjp(of_arrays, moving_of(call), has_aux=True)
     signature = Signature.of(ring.options, facts, arrays)
-    program = Gradient(Tangent.of(ring.engine(call), signature, signature.names))
+    engine, names = ring.engine(call), signature.names
+    program = Gradient(Tangent.of(engine, signature, names, all_keys=False))
     known = [*jax.tree.leaves(facts), *arrays.values(), *softmax]
     d_softmax = [cotangents.context_BTNV, cotangents.row_sum_BNT]
     (d_moving,) = pull(dict(zip(arrays, apply(program, known, d_softmax))))

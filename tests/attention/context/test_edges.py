@@ -9,6 +9,7 @@ import pytest
 from context_cases import axis_of, mesh_of
 from helpers import normal, x64
 from jax.sharding import PartitionSpec as P
+from kernel_cases import unchecked
 
 from flax_mha import (
     ContextAxis,
@@ -114,20 +115,33 @@ def test_many_more_tokens_than_int16_counts():
 # --- transformations ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_second_derivatives_in_reverse(strategy):
+def assert_second_derivatives(strategy, name=None, sizes=MESH):
     def loss(query, key, value, axis=None):
-        return (dot_product_attention(query, key, value, context_axis=axis) ** 2).sum()
+        call = dict(context_axis=axis, implementation=name) if axis else {}
+        return (dot_product_attention(query, key, value, **call) ** 2).sum()
 
     def squares(*args, axis=None):
         gradients = jax.grad(functools.partial(loss, axis=axis), (0, 1, 2))(*args)
         return sum((x**2).sum() for x in gradients)
 
-    expected = jax.grad(squares, (0, 1, 2))(*X)
-    actual = on_mesh(jax.grad(functools.partial(squares, axis=axis_of(strategy)), (0, 1, 2)), *X)
-    for one, other in zip(actual, expected):
+    along = functools.partial(squares, axis=axis_of(strategy))
+    actual = on_mesh(jax.grad(along, (0, 1, 2)), *X, sizes=sizes)
+    for one, other in zip(actual, jax.grad(squares, (0, 1, 2))(*X)):
         close(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_second_derivatives_in_reverse(strategy):
+    assert_second_derivatives(strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_second_derivatives_of_an_interpreted_kernel(strategy, monkeypatch):
+    """What a ring's hop knows is the softmax of all keys, and not of those that are there."""
+    monkeypatch.setattr(jax, "shard_map", unchecked(jax.shard_map))
+    assert_second_derivatives(strategy, "pallas_interpreted", (1, 1, 2))
 
 
 def tangents(strategy):
